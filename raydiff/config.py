@@ -1,0 +1,330 @@
+"""The run file: one frozen tree, one vocabulary of dotted paths for TOML, command line, Ray Tune and MLflow.
+
+Imports pydantic only. `model`, `method` and each entry of `rewards` are plugins: `kind = "jpeg"` reads
+`raydiff/rewards/jpeg.py`, `kind = "my_package.my_reward"` reads that module; the file's class `Plugin` is the config.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import json
+import pkgutil
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+
+class ConfigError(ValueError):
+    """A run file that cannot work: one line per fault, each with the field's dotted path, the value and the way out."""
+
+
+class Config(BaseModel):
+    """Base of every config: frozen, and an unknown key is an error that names the nearest known one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_unknown_keys(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            unknown = [f"unknown key {key!r}{_nearest(key, cls.model_fields)}" for key in data if key not in cls.model_fields]
+            if unknown:
+                raise ValueError("; ".join(unknown))
+        return data
+
+
+class PluginConfig(Config):
+    """Base of the configs that a `kind` selects. `kind` is the module's name, and stays in the tree."""
+
+    kind: str
+
+    def check(self, run: Run) -> None:
+        """Raise ValueError when this plugin cannot work with the rest of the run. Called while the run is parsed."""
+
+    def preflight(self) -> None:
+        """Raise ValueError or OSError when a file or package that this plugin needs is missing. Called before workers start."""
+
+
+def plugin(package: str) -> Any:
+    """The field type of a plugin of `package`: a table whose `kind` names the module that holds its class `Plugin`."""
+
+    def resolve(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        known = sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__) if m.name != "base")
+        if "kind" not in value:
+            raise ValueError(f'needs kind = "...", one of {", ".join(known)}, or a module of your own')
+        kind = value["kind"]
+        module = kind if "." in kind else f"{package}.{kind}"
+        if ("." not in kind and kind not in known) or not _importable(module):
+            raise ValueError(
+                f"kind = {kind!r} does not exist{_nearest(kind, known)}; there are {', '.join(known)},"
+                " and a module of your own is named with its package: my_package.my_reward"
+            )
+        return importlib.import_module(module).Plugin.model_validate(dict(value))
+
+    return Annotated[SerializeAsAny[PluginConfig], BeforeValidator(resolve)]
+
+
+ModelField = plugin("raydiff.models")
+MethodField = plugin("raydiff.methods")
+RewardField = plugin("raydiff.rewards")
+
+
+class Prompts(Config):
+    """Where prompts come from: "embedded", a .txt (one a line) or .parquet (column `prompt`) file, or a list."""
+
+    train: str | tuple[str, ...] = "embedded"
+    """Prompts to train on, drawn in shuffled passes."""
+    held_out: str | tuple[str, ...] = "embedded"
+    """Prompts for evaluation only; one that is in `train` too is refused."""
+
+
+class Sampler(Config):
+    """The sampling grid, for training and evaluation alike."""
+
+    steps: int = Field(50, ge=1)
+    """Denoising steps S."""
+    guidance: float = Field(7.5, ge=0)
+    """Classifier-free guidance scale; 1 turns guidance off and halves the cost."""
+    eta: float = Field(0.0, ge=0, le=1)
+    """0 = DDIM, deterministic; 1 = DDPM's posterior noise."""
+    spacing: Literal["leading", "trailing", "linspace"] | None = "trailing"
+    """Where the grid's points stand; None takes the model's own. With leading spacing the last step is so small that a
+    DRaFT-1 gradient is a hundredth of the whole one."""
+    final_alpha: float | None = Field(1.0, gt=0, le=1)
+    """alpha-bar at the clean end; None takes the model's own. 1 makes the last step land on x0_hat."""
+    detach_negative: bool = False
+    """Stop the gradient through the unconditional half of guidance."""
+
+
+class Batch(Config):
+    """size = micro × accumulation × workers."""
+
+    size: int = Field(8, ge=1)
+    """Prompts per update, over all workers."""
+    micro: int = Field(4, ge=1)
+    """Prompts per forward and backward pass of one worker."""
+
+
+class Optimizer(Config):
+    """AdamW."""
+
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    """The global gradient norm is clipped to this."""
+    warmup: int = Field(0, ge=0)
+    """Updates over which the learning rate rises linearly to `lr`."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: hold, or fall to 0 at the last update."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of an exponential moving average of the trained weights, which then is what is evaluated and exported."""
+
+
+class Train(Config):
+    """How long, and on what."""
+
+    updates: int = Field(100, ge=1)
+    workers: int = Field(1, ge=1)
+    use_gpu: bool | None = None
+    """None: when the cluster has a GPU."""
+    cpus_per_worker: float = Field(1, gt=0)
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO: 0 = data parallel, 1 shards optimiser states, 2 also gradients, 3 also parameters."""
+    checkpoint_every: int = Field(10, ge=1)
+    """Updates between checkpoints; the last update always makes one."""
+    keep_checkpoints: int = Field(2, ge=1)
+    max_failures: int = Field(3, ge=0)
+    """Restarts after a lost worker before the run gives up."""
+    gradient_checkpointing: bool = True
+    """Recompute activations step by step in the backward pass: memory flat in K for about a third more compute."""
+
+
+class Evaluate(Config):
+    """Held-out prompts with fixed seeds, the same pictures at every evaluation."""
+
+    every: int = Field(10, ge=1)
+    """Updates between evaluations; before the first and after the last update there is always one."""
+    images: int = Field(32, ge=1)
+    """Pictures to score: held-out prompts in order, each with its own seed."""
+    batch: int = Field(16, ge=1)
+    """Pictures sampled at once by one worker."""
+    grid: int = Field(16, ge=0)
+    """Of these, how many go into the picture grid."""
+    seed: int = 1_000_003
+    rewards: dict[str, RewardField] = {}  # type: ignore[valid-type]
+    """Rewards that are measured and never trained on: the guard against over-optimisation."""
+
+
+class Tracking(Config):
+    """MLflow."""
+
+    uri: str | None = None
+    """Tracking server; None keeps a SQLite file in the storage folder."""
+    experiment: str = "raydiff"
+
+
+class Run(Config):
+    """A whole fine-tuning run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Recipe's name; a started run appends a time stamp, so a fresh run never continues another by accident."""
+    seed: int = Field(0, ge=0)
+    storage: str = "runs"
+    """Folder, or any URI that pyarrow writes to, for checkpoints, pictures and the adapter."""
+    model: ModelField  # type: ignore[valid-type]
+    method: MethodField  # type: ignore[valid-type]
+    rewards: dict[str, RewardField] = Field(min_length=1)  # type: ignore[valid-type]
+    """Named rewards; the total is their weighted sum, and each part is logged."""
+    prompts: Prompts = Prompts()
+    sampler: Sampler = Sampler()
+    batch: Batch = Batch()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    tracking: Tracking = Tracking()
+
+    @field_validator("rewards")
+    @classmethod
+    def _names(cls, rewards: dict[str, Any]) -> dict[str, Any]:
+        if "total" in rewards:
+            raise ValueError("a reward cannot be named 'total', the name of the weighted sum; rename it")
+        return rewards
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        geometry(self)
+        if twice := self.rewards.keys() & self.evaluate.rewards.keys():
+            raise ValueError(f"evaluate.rewards: {sorted(twice)} is trained on too; a held-out reward needs another name")
+        for part in (self.model, self.method, *self.rewards.values(), *self.evaluate.rewards.values()):
+            part.check(self)
+        return self
+
+
+class Geometry(Config):
+    """The numbers that follow from a run: size = micro × accumulation × workers."""
+
+    micro: int
+    accumulation: int
+    workers: int
+    size: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.size} prompts an update = {self.micro} a micro-batch × {self.accumulation} accumulated"
+            f" × {self.workers} worker{'s' if self.workers > 1 else ''}"
+        )
+
+
+def geometry(run: Run, workers: int | None = None) -> Geometry:
+    """Batch geometry of a run. Raises ValueError, with sizes that would do, when the batch cannot be divided."""
+    workers, size, micro = workers or run.train.workers, run.batch.size, run.batch.micro
+    if size % (micro * workers):
+        unit = micro * workers
+        lower, upper = size // unit * unit, (size // unit + 1) * unit
+        nearest = f"{lower} or {upper}" if lower else f"{upper}"
+        raise ValueError(
+            f"batch.size = {size} is not divisible by batch.micro × train.workers = {micro} × {workers} = {unit}:"
+            f" set batch.size to {nearest}, or change batch.micro or train.workers"
+        )
+    return Geometry(micro=micro, accumulation=size // (micro * workers), workers=workers, size=size)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """A run from a TOML file (or the JSON of a run) and `path=value` overrides. Raises ConfigError."""
+    path = Path(path)
+    try:
+        text = path.read_text()
+        tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except FileNotFoundError:
+        near = sorted(p.name for p in path.parent.glob("*.toml"))
+        raise ConfigError(f"recipe {str(path)!r} does not exist{_nearest(path.name, near)}") from None
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: not valid {path.suffix[1:].upper()}: {error}") from None
+    return _validated(_with(tree, dict(_parse(item) for item in overrides)))
+
+
+def override(run: Run, values: Mapping[str, Any]) -> Run:
+    """The run with some dotted paths set anew, e.g. {"method.k": 2}; everything is validated again. Raises ConfigError."""
+    return _validated(_with(run.model_dump(mode="json"), values))
+
+
+def flat(run: Run) -> dict[str, Any]:
+    """{dotted path: scalar}, what MLflow logs. Lists are one value."""
+
+    def walk(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                yield from walk(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            yield prefix, value
+
+    return dict(walk("", run.model_dump(mode="json")))
+
+
+def _validated(tree: Mapping[str, Any]) -> Run:
+    try:
+        return Run.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_line(e) for e in error.errors(include_url=False))) from None
+
+
+def _line(error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(error["input"], Mapping | BaseModel) else f" (got {error['input']!r})"
+    return f"{path}: {message}{given}" if path else message
+
+
+def _parse(item: str) -> tuple[str, Any]:
+    """`path=value`, the value in TOML's syntax; a bare word is a string."""
+    path, equals, text = item.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"override {item!r} is not path=value, e.g. method.k=2")
+    try:
+        return path.strip(), tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return path.strip(), None if text == "none" else text
+
+
+def _with(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the tree with dotted paths set; tables on the way are made, and validation judges the result."""
+    copy = json.loads(json.dumps(tree))
+    for path, value in values.items():
+        *tables, leaf = path.split(".")
+        node = copy
+        for table in tables:
+            node = node.setdefault(table, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{path}: {table!r} is a value, not a table")
+        node[leaf] = value
+    return copy
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else f"; there are {', '.join(sorted(known))}" if known else ""
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

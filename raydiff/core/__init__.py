@@ -1,0 +1,1 @@
+"""The mathematics: schedule, sampler, densities, reward gradients, learner. Imports torch only."""

@@ -1,0 +1,120 @@
+"""The policy: everything that a loss may call, with the denoiser that the engine trains.
+
+Legend: B images, C h w latent, H W pixels, S sampler steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from raydiff.core.denoise import Noise, Predict, checkpointed, denoise, seeded_noise
+from raydiff.core.reward_vjp import Parts, Score
+from raydiff.core.schedule import Schedule
+
+
+class LatentModel(Protocol):
+    """A text-to-image latent diffusion model. Everything but the trained weights is frozen and in eval mode."""
+
+    denoiser: nn.Module  # the one module that an engine wraps
+    device: torch.device
+    latent_shape: tuple[int, int, int]  # C, h, w
+
+    def schedule(self, steps: int, spacing: str | None, final_alpha: float | None) -> Schedule: ...
+
+    def predict(self, denoiser: nn.Module, prompts: Sequence[str], guidance: float, detach_negative: bool = False) -> Predict:
+        """The network under B prompts, guided; `denoiser` is `self.denoiser` or an engine around it."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B,C,h,w) -> (B,3,H,W) in [0,1], differentiable."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B,3,H,W) in [0,1] -> (B,C,h,w), the mean of the posterior."""
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside, the denoiser has the weights from before training."""
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters to optimise, by the name that a checkpoint gives them."""
+
+
+@dataclass
+class Calls:
+    """What a run has spent, in images: the denominators of sample efficiency. Guidance counts twice."""
+
+    images: int = 0  # sampled
+    reward_queries: int = 0
+    unet_forward: int = 0  # with checkpointing's recomputation
+    unet_backward: int = 0
+
+    def __add__(self, other: Calls) -> Calls:
+        return Calls(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+class NonFiniteReward(ValueError):
+    """A reward was NaN or infinite: the step is refused before it can reach the weights."""
+
+
+@dataclass
+class Policy:
+    model: LatentModel
+    denoiser: nn.Module
+    schedule: Schedule
+    score: Score
+    guidance: float
+    eta: float = 0.0
+    detach_negative: bool = False
+    gradient_checkpointing: bool = True
+    calls: Calls = field(default_factory=Calls)
+
+    def predict(self, prompts: Sequence[str]) -> Predict:
+        """Predict under B prompts: counted, and recomputed in the backward pass if the run says so."""
+        predict = self.model.predict(self.denoiser, prompts, self.guidance, self.detach_negative)
+        passes = 1 if self.guidance == 1 else 2
+
+        def counted(x: Tensor, time: Tensor) -> Tensor:
+            self.calls.unet_forward += passes * len(x)
+            out = predict(x, time)
+            if out.requires_grad:
+                out.register_hook(lambda _: self._count_backward(passes * len(x)))
+            return out
+
+        return checkpointed(counted) if self.gradient_checkpointing else counted
+
+    def _count_backward(self, passes: int) -> None:
+        self.calls.unet_backward += passes
+
+    def noise(self, seeds: Sequence[int]) -> Noise:
+        return seeded_noise(seeds, self.model.latent_shape, self.model.device)
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[str], seeds: Sequence[int], *, last: int | None = None, keep: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Walk from noise to grid point `last` (default: the clean end) without a graph: (latents, kept) of `denoise`."""
+        noise = self.noise(seeds)
+        self.calls.images += len(prompts)
+        return denoise(
+            self.predict(prompts), self.schedule, noise(-1), last=last, eta=self.eta, keep=keep, noise=noise
+        )  # fmt: skip
+
+    def rewards(self, latents: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Parts]:
+        """Decode (B,C,h,w) and score: total (B,) with gradient, and the named parts.
+
+        Raises NonFiniteReward naming reward, prompt and seed.
+        """
+        self.calls.reward_queries += len(prompts)
+        total, parts = self.score(self.model.decode(latents), prompts)
+        for name, values in {**parts, "total": total.detach()}.items():
+            if not bool(torch.isfinite(values).all()):
+                row = int((~torch.isfinite(values)).nonzero()[0])
+                raise NonFiniteReward(
+                    f"reward {name!r} is {values[row].item()} for prompt {prompts[row]!r}, seed {seeds[row]}:"
+                    " the step is refused; mend the reward, or leave that prompt out"
+                )
+        return total, parts

@@ -1,0 +1,180 @@
+"""The sampling grid and its algebra: one transition formula for DDIM at any eta and for flow-matching Euler.
+
+Legend: B images, C h w latent, S sampler steps, T training steps. x = alpha·x0 + sigma·eps. Grid index 0 is noise, S is clean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Output = Literal["eps", "v", "flow"]
+Spacing = Literal["leading", "trailing", "linspace"]
+_OUTPUT_OF = {"epsilon": "eps", "v_prediction": "v", "flow_prediction": "flow"}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Points of one sampling grid, in float64 on the CPU: a step reads Python floats, so no device is synchronised.
+
+    `split` and `transition` take a grid index `i` that is an int, or a LongTensor (B,) with one index per image.
+    """
+
+    times: Tensor  # (S,) what the network is told at step i
+    alpha: Tensor  # (S+1,) signal level
+    sigma: Tensor  # (S+1,) noise level
+    output: Output
+
+    @property
+    def steps(self) -> int:
+        return len(self.times)
+
+    def time(self, i: int | Tensor, x: Tensor) -> Tensor:
+        """Network time of step i for each image of x, (B,) fp32."""
+        return self.times[i].to(x.device, torch.float32).expand(len(x))
+
+    def split(self, out: Tensor, x: Tensor, i: int | Tensor) -> tuple[Tensor, Tensor]:
+        """The network's output at x (B,C,h,w), point i, as its estimates (x0_hat, eps_hat) of the clean latent and the noise.
+
+        eps: Ho et al. 2020; v = alpha·eps - sigma·x0: Salimans & Ho 2022, eq. 9; flow = eps - x0: Lipman et al. 2023.
+        """
+        alpha, sigma = _at(self.alpha, i, x), _at(self.sigma, i, x)
+        if self.output == "eps":
+            return (x - sigma * out) / alpha, out
+        if self.output == "v":
+            return alpha * x - sigma * out, sigma * x + alpha * out
+        return x - sigma * out, x + alpha * out
+
+    def std(self, i: int | Tensor, x: Tensor, eta: float) -> Any:
+        """Standard deviation of the step i -> i+1: eta times that of the posterior q(x_{i+1} | x_i, x0).
+
+        DDIM eq. 16 (Song et al. 2021), written for any alpha and sigma: std² = eta² (σ'²/σ²)(σ² - (α/α')² σ'²).
+        """
+        alpha, sigma = _at(self.alpha, i, x), _at(self.sigma, i, x)
+        alpha_next, sigma_next = _at(self.alpha, i + 1, x), _at(self.sigma, i + 1, x)
+        variance = sigma**2 - (alpha / alpha_next) ** 2 * sigma_next**2
+        variance = variance.clamp(min=0) if isinstance(variance, Tensor) else max(variance, 0.0)
+        return eta * sigma_next / sigma * variance**0.5
+
+    def transition(self, i: int | Tensor, x: Tensor, out: Tensor, eta: float = 0.0) -> tuple[Tensor, Any]:
+        """The Gaussian step i -> i+1 as (mean (B,C,h,w), std): std is a float, or (B,1,1,1) when i is a tensor.
+
+        DDIM eq. 12 at any eta; with flow outputs and eta = 0 it is the Euler step x + (s' - s)·v. At eta = 0, or where the
+        grid ends in sigma = 0, std is 0 and the transition has no density.
+        """
+        x0, eps = self.split(out, x, i)
+        std = self.std(i, x, eta)
+        sigma_next = _at(self.sigma, i + 1, x)
+        return _at(self.alpha, i + 1, x) * x0 + (sigma_next**2 - std**2) ** 0.5 * eps, std
+
+    def add_noise(self, x0: Tensor, eps: Tensor, i: int | Tensor) -> Tensor:
+        """x at grid point i, (B,C,h,w)."""
+        return _at(self.alpha, i, x0) * x0 + _at(self.sigma, i, x0) * eps
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        steps: int,
+        *,
+        spacing: Spacing | None = None,
+        final_alpha: float | None = None,
+    ) -> Schedule:
+        """The grid that a diffusers scheduler of this config would walk in `steps` steps.
+
+        `spacing` and `final_alpha` (alpha-bar at the clean end; 1 = noise-free) override the config: where the last step
+        stands decides the size of every truncated reward gradient. Any VP scheduler's config serves (DDIM, PNDM, Euler: they
+        share the betas), and FlowMatchEulerDiscreteScheduler's, whose grid is its own.
+        Raises ValueError for a field that is not supported, and for steps outside 1..num_train_timesteps.
+        """
+        train_steps = int(config.get("num_train_timesteps", 1000))
+        if not 1 <= steps <= train_steps:
+            raise ValueError(f"steps = {steps} is outside 1..{train_steps}, the scheduler's num_train_timesteps")
+        if "FlowMatch" in config.get("_class_name", "") or config.get("prediction_type") == "flow_prediction":
+            return _flow(config, steps)
+        return _variance_preserving(config, steps, spacing, final_alpha)
+
+
+def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
+    """alpha-bar of every training step, (T,) float64, from a diffusers scheduler config."""
+    n = int(config.get("num_train_timesteps", 1000))
+    start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
+    kind = config.get("beta_schedule", "linear")
+    if config.get("trained_betas") is not None:
+        betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
+    elif kind == "linear":
+        betas = torch.linspace(start, end, n, dtype=torch.float64)
+    elif kind == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, n, dtype=torch.float64) ** 2
+    elif kind == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, eq. 17
+        grid = torch.arange(n + 1, dtype=torch.float64) / n
+        bar = torch.cos((grid + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
+    else:
+        raise ValueError(f"beta_schedule = {kind!r} is not supported; use linear, scaled_linear or squaredcos_cap_v2")
+    bars = torch.cumprod(1 - betas, 0)
+    return _zero_terminal_snr(bars) if config.get("rescale_betas_zero_snr") else bars
+
+
+def _zero_terminal_snr(bars: Tensor) -> Tensor:
+    """Shift and scale sqrt(alpha-bar) so that its last value is 0 and its first stays (Lin et al. 2023, algorithm 1)."""
+    root = bars.sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+
+
+def _variance_preserving(config: Mapping[str, Any], steps: int, spacing: Spacing | None, final_alpha: float | None) -> Schedule:
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in _OUTPUT_OF:
+        raise ValueError(f"prediction_type = {prediction!r} is not supported; use one of {sorted(_OUTPUT_OF)}")
+    bars = alphas_cumprod(config)
+    times = _times(len(bars), steps, spacing or config.get("timestep_spacing", "leading"), int(config.get("steps_offset", 0)))
+    if final_alpha is None:
+        final_alpha = 1.0 if config.get("set_alpha_to_one", True) else float(bars[0])
+    bar = torch.cat([bars[times], torch.tensor([final_alpha], dtype=torch.float64)])
+    if prediction == "epsilon" and bar[0] == 0:
+        raise ValueError("an epsilon-prediction network cannot start at zero signal: use a v-prediction model")
+    return Schedule(times, bar.sqrt(), (1 - bar).sqrt(), _OUTPUT_OF[prediction])
+
+
+def _times(train_steps: int, steps: int, spacing: str, offset: int) -> Tensor:
+    """Training steps that the grid visits, (S,) descending (Lin et al. 2023, table 2)."""
+    if spacing == "leading":
+        return (torch.arange(steps) * (train_steps // steps)).flip(0) + offset
+    if spacing == "trailing":
+        return (train_steps - torch.arange(steps, dtype=torch.float64) * train_steps / steps).round().long() - 1
+    if spacing == "linspace":
+        return torch.linspace(train_steps - 1, 0, steps, dtype=torch.float64).round().long()
+    raise ValueError(f"timestep_spacing = {spacing!r} is not supported; use leading, trailing or linspace")
+
+
+def _flow(config: Mapping[str, Any], steps: int) -> Schedule:
+    """x = (1 - s)·x0 + s·eps with the shifted grid of Stable Diffusion 3 (Esser et al. 2024, eq. 23)."""
+    for field in (
+        "use_dynamic_shifting", "shift_terminal", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas",
+        "use_beta_sigmas", "stochastic_sampling",
+    ):  # fmt: skip
+        if config.get(field):
+            raise ValueError(f"scheduler field {field} = {config[field]!r} is not supported; set it to false")
+    train_steps, shift = int(config.get("num_train_timesteps", 1000)), float(config.get("shift", 1.0))
+
+    def shifted(s: Tensor) -> Tensor:
+        return shift * s / (1 + (shift - 1) * s)
+
+    # diffusers spaces the grid between the shifted ends of the training grid, then shifts it a second time; pipelines of
+    # shipped models rely on it.
+    first, last = shifted(torch.tensor([1.0, 1 / train_steps], dtype=torch.float64)).tolist()
+    s = shifted(torch.linspace(first, last, steps, dtype=torch.float64))
+    sigma = torch.cat([s, torch.zeros(1, dtype=torch.float64)])
+    return Schedule(s * train_steps, 1 - sigma, sigma, "flow")
+
+
+def _at(table: Tensor, i: int | Tensor, like: Tensor) -> Any:
+    """table[i] as a Python float, or as (B,1,1,1) in like's device and dtype when i is a tensor."""
+    if isinstance(i, Tensor):
+        return table[i.cpu()].to(like.device, like.dtype)[:, None, None, None]
+    return float(table[i])

@@ -1,0 +1,1 @@
+"""Prompts, and the Parquet schemas of what runs read and write."""

@@ -1,0 +1,44 @@
+"""A whole run in one process, without Ray: what a notebook uses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from raydiff.config import Run
+from raydiff.core.learner import TorchEngine
+from raydiff.session import Picture, Session, summary
+
+
+def fit(run: Run, *, device: torch.device | str = "cpu", folder: str | Path | None = None) -> Iterator[dict[str, float]]:
+    """Train, yielding the metrics of each update, held-out rewards among them where the run evaluates.
+
+    The first dict has step 0 and no update: the held-out rewards of the untrained model. With `folder`, the trained weights
+    are exported there at the end. Workers and ZeRO stage play no role here; the batch is the same.
+    """
+    session = Session(run, device)
+    optimizer, scheduler = session.optimizer()
+    engine = TorchEngine(optimizer, scheduler, session.geometry.accumulation, run.optimizer.max_grad_norm)
+    start = time.perf_counter()
+    yield {"step": 0, **summary(evaluate(session))}
+    for step in range(run.train.updates):
+        metrics = session.update(engine, step)
+        if session.ema:
+            session.ema.update(session.model.trained())
+        done = step + 1
+        metrics |= {"grad_norm": engine.grad_norm, "seconds": time.perf_counter() - start, **vars(session.policy.calls)}
+        if done % run.evaluate.every == 0 or done == run.train.updates:
+            metrics |= summary(evaluate(session))
+        yield {"step": done, **metrics}
+    if folder is not None:
+        with session.averaged():
+            session.model.export(folder, session.model.trained())
+
+
+def evaluate(session: Session) -> list[Picture]:
+    """Held-out pictures of the weights that would be exported now."""
+    with session.averaged():
+        return session.evaluate()

@@ -1,0 +1,33 @@
+"""What every model file provides: a config that builds a LatentModel."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from raydiff.config import Config, PluginConfig
+from raydiff.core.policy import LatentModel
+
+
+class Lora(Config):
+    """Low-rank adapter (Hu et al. 2022): W + alpha/rank·B·A on each target, with B = 0 at the start."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float | None = Field(None, gt=0)
+    """None: alpha = rank, so that the adapter's scale is 1."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Module names that get an adapter: attention's query, key, value and output projections."""
+
+
+class ModelConfig(PluginConfig):
+    train: Literal["lora", "full"] = "lora"
+    """Train an adapter on a frozen base, or every weight of the denoiser."""
+    lora: Lora = Lora()
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the frozen weights; an adapter is always fp32."""
+
+    def build(self, device: torch.device | str = "cpu", *, seed: int = 0, reference: bool = False) -> LatentModel:
+        """The model, ready to train. `seed` fixes the adapter's start; `reference` says that a loss will call reference()."""
+        raise NotImplementedError

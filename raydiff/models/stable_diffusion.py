@@ -1,0 +1,178 @@
+"""Stable Diffusion 1.x and 2.x, and every model in their format: hub id, local folder or the embedded one.
+
+Legend: B images, C h w latent, H W pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from raydiff import assets
+from raydiff.core.denoise import Predict, guided
+from raydiff.core.schedule import Schedule
+from raydiff.models import lora
+from raydiff.models.base import ModelConfig
+
+_FOLDERS = {  # what a local folder must hold, each with its config; weights as safetensors, sharded or not
+    "unet": "diffusion_pytorch_model*.safetensors",
+    "vae": "diffusion_pytorch_model*.safetensors",
+    "text_encoder": "model*.safetensors",
+}
+
+
+class Plugin(ModelConfig):
+    kind: Literal["stable_diffusion"] = "stable_diffusion"
+    path: str = "embedded"
+    """Hub id, local folder in diffusers' StableDiffusionPipeline format, or "embedded": the model in the package."""
+    revision: str | None = None
+    """Of a hub id."""
+    variant: str | None = None
+    """Weights' variant, e.g. "fp16"."""
+
+    def check(self, run: Any) -> None:
+        if self.train == "full" and self.dtype != "float32":
+            raise ValueError(
+                f"model.dtype = {self.dtype!r} with model.train = 'full': train every weight in float32, or a LoRA"
+            )
+
+    def folder(self) -> str:
+        return str(assets.path("pipeline")) if self.path == "embedded" else self.path
+
+    def preflight(self) -> None:
+        if self.path != "embedded" and not Path(self.path).exists() and not _is_hub_id(self.path):
+            raise FileNotFoundError(f"model.path = {self.path!r} is neither a folder here nor a hub id like 'owner/name'")
+        folder = Path(self.folder())
+        if not folder.is_dir():
+            return  # a hub id: from_pretrained names what is missing there
+        needed = ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"]
+        for missing in [f for f in [*needed, *(f"{part}/config.json" for part in _FOLDERS)] if not (folder / f).is_file()]:
+            raise FileNotFoundError(f"model.path = {self.path!r}: {missing} is missing; it must be a diffusers pipeline folder")
+        for part, pattern in _FOLDERS.items():
+            if not any((folder / part).glob(pattern)):
+                raise FileNotFoundError(f"model.path = {self.path!r}: {part} has no {pattern}; only safetensors are loaded")
+
+    def build(self, device: torch.device | str = "cpu", *, seed: int = 0, reference: bool = False) -> StableDiffusion:
+        self.preflight()
+        pipe = load_pipeline(self, device)
+        if self.train == "lora":
+            trained = lora.add(pipe.unet, self.lora, seed)
+        else:
+            trained = dict(pipe.unet.requires_grad_(True).named_parameters())
+        frozen = copy.deepcopy(pipe.unet).requires_grad_(False) if reference and self.train == "full" else None
+        return StableDiffusion(pipe, trained, frozen)
+
+
+def load_pipeline(config: Plugin, device: torch.device | str = "cpu") -> Any:
+    """The diffusers StableDiffusionPipeline, everything frozen and in eval mode; safetensors only."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # or each process tells that it found no torchvision
+    transformers.logging.disable_progress_bar()
+    import diffusers
+    from diffusers import StableDiffusionPipeline
+
+    diffusers.logging.disable_progress_bar()
+    pipe = StableDiffusionPipeline.from_pretrained(
+        config.folder(), dtype=getattr(torch, config.dtype), use_safetensors=True, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False, revision=config.revision, variant=config.variant,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.requires_grad_(False).eval()
+    return pipe.to(device)
+
+
+class StableDiffusion:
+    """The LatentModel around a StableDiffusionPipeline. Latents outside are fp32 and scaled to unit variance."""
+
+    def __init__(self, pipe: Any, trained: Mapping[str, nn.Parameter], frozen: nn.Module | None = None) -> None:
+        self.pipe, self._trained, self._frozen = pipe, dict(trained), frozen
+        self.denoiser: nn.Module = pipe.unet
+        self.device: torch.device = pipe.unet.device
+        self.dtype: torch.dtype = pipe.vae.dtype
+        config = pipe.unet.config
+        self.latent_shape: tuple[int, int, int] = (config.in_channels, config.sample_size, config.sample_size)
+        self._in_reference = False
+
+    def schedule(self, steps: int, spacing: Any = None, final_alpha: float | None = None) -> Schedule:
+        return Schedule.from_config(self.pipe.scheduler.config, steps, spacing=spacing, final_alpha=final_alpha)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return dict(self._trained)
+
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[str], guidance: float) -> Tensor:
+        """Text states, (B,L,D), or (2B,L,D) with the empty prompt's first when guidance is not 1."""
+        positive, negative = self.pipe.encode_prompt(list(prompts), self.device, 1, guidance != 1)
+        return positive if guidance == 1 else torch.cat([negative, positive])
+
+    def predict(self, denoiser: nn.Module, prompts: Sequence[str], guidance: float, detach_negative: bool = False) -> Predict:
+        states = self.embed(prompts, guidance)
+
+        def run(x: Tensor, time: Tensor) -> Tensor:
+            network = self._frozen if self._in_reference and self._frozen is not None else denoiser
+            return network(x.to(self.dtype), time, encoder_hidden_states=states, return_dict=False)[0].float()
+
+        return run if guidance == 1 else guided(run, guidance, detach_negative=detach_negative)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        pixels = vae.decode(latents.to(self.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        return _UnitClamp.apply(pixels.float() / 2 + 0.5)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        return vae.encode((images * 2 - 1).to(self.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Adapter off; in full fine-tuning, the frozen copy. Raises RuntimeError when no copy was asked for."""
+        if self._frozen is None and not hasattr(self.denoiser, "peft_config"):
+            raise RuntimeError("full fine-tuning without a frozen copy: build the model with reference=True")
+        self._in_reference = True
+        try:
+            if self._frozen is not None:
+                yield
+            else:
+                with lora.disabled(self.denoiser):
+                    yield
+        finally:
+            self._in_reference = False
+
+    def export(self, folder: str | Path, state: Mapping[str, Tensor]) -> None:
+        """Write the trained weights `state` as diffusers reads them: an adapter, or a `unet` folder after full fine-tuning."""
+        if hasattr(self.denoiser, "peft_config"):
+            lora.save(self.denoiser, Path(folder), state, type(self.pipe))
+        else:
+            plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+            self.denoiser.save_pretrained(Path(folder) / "unet", state_dict=plain)
+
+
+class _UnitClamp(torch.autograd.Function):
+    """clamp to [0,1] whose gradient survives in a saturated pixel when following it downhill leads back inside.
+
+    A plain clamp freezes saturated pixels for good, and early training saturates many.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        stuck = ((x > 1) & (gradient < 0)) | ((x < 0) & (gradient > 0))
+        return gradient.masked_fill(stuck, 0.0)
+
+
+def _is_hub_id(path: str) -> bool:
+    return path.count("/") == 1 and not path.startswith((".", "/", "~"))

@@ -1,0 +1,1 @@
+"""One file a reward: its config and the function that it builds."""
