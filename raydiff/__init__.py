@@ -7,20 +7,22 @@ raydiff.train(run)                        # Ray Train with DeepSpeed
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from raydiff.config import ConfigError, Run, flat, load, override
+if TYPE_CHECKING:
+    from raydiff.config import ConfigError, Run, flat, load, override
+    from raydiff.distributed.launch import train
+    from raydiff.local import fit
 
 __all__ = ["ConfigError", "Run", "fit", "flat", "load", "override", "train"]
 __version__ = "0.1.0"
 
-_LAZY = {"fit": "raydiff.local", "train": "raydiff.distributed.launch"}
+_HOME = {"fit": "raydiff.local", "train": "raydiff.distributed.launch"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch and Ray when they are asked for: reading a run file needs neither."""
-    if name in _LAZY:
-        import importlib
-
-        return getattr(importlib.import_module(_LAZY[name]), name)
+    """Import torch and Ray when they are asked for: reading a run file needs neither, and the core needs torch alone."""
+    if name in __all__:
+        return getattr(importlib.import_module(_HOME.get(name, "raydiff.config")), name)
     raise AttributeError(f"module 'raydiff' has no attribute {name!r}")

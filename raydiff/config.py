@@ -14,7 +14,7 @@ import pkgutil
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -80,9 +80,12 @@ def plugin(package: str) -> Any:
     return Annotated[SerializeAsAny[PluginConfig], BeforeValidator(resolve)]
 
 
-ModelField = plugin("raydiff.models")
-MethodField = plugin("raydiff.methods")
-RewardField = plugin("raydiff.rewards")
+if TYPE_CHECKING:  # each value is the Plugin of a module of that package
+    ModelField: TypeAlias = Any
+    MethodField: TypeAlias = Any
+    RewardField: TypeAlias = Any
+else:
+    ModelField, MethodField, RewardField = (plugin(f"raydiff.{package}") for package in ("models", "methods", "rewards"))
 
 
 class Prompts(Config):
@@ -169,7 +172,7 @@ class Evaluate(Config):
     grid: int = Field(16, ge=0)
     """Of these, how many go into the picture grid."""
     seed: int = 1_000_003
-    rewards: dict[str, RewardField] = {}  # type: ignore[valid-type]
+    rewards: dict[str, RewardField] = {}
     """Rewards that are measured and never trained on: the guard against over-optimisation."""
 
 
@@ -189,9 +192,9 @@ class Run(Config):
     seed: int = Field(0, ge=0)
     storage: str = "runs"
     """Folder, or any URI that pyarrow writes to, for checkpoints, pictures and the adapter."""
-    model: ModelField  # type: ignore[valid-type]
-    method: MethodField  # type: ignore[valid-type]
-    rewards: dict[str, RewardField] = Field(min_length=1)  # type: ignore[valid-type]
+    model: ModelField
+    method: MethodField
+    rewards: dict[str, RewardField] = Field(min_length=1)
     """Named rewards; the total is their weighted sum, and each part is logged."""
     prompts: Prompts = Prompts()
     sampler: Sampler = Sampler()

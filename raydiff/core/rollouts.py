@@ -6,7 +6,7 @@ Legend: B prompts, G attempts per prompt, N kept points, C h w latent.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,8 +55,8 @@ class Rollouts:
         )
 
     def to(self, device: torch.device | str) -> Rollouts:
-        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        return replace(self, **moved)
+        rewards = None if self.rewards is None else self.rewards.to(device)
+        return replace(self, seeds=self.seeds.to(device), latents=self.latents.to(device), rewards=rewards)
 
     @staticmethod
     def cat(parts: Sequence[Rollouts]) -> Rollouts:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 Output = Literal["eps", "v", "flow"]
 Spacing = Literal["leading", "trailing", "linspace"]
-_OUTPUT_OF = {"epsilon": "eps", "v_prediction": "v", "flow_prediction": "flow"}
+_OUTPUT_OF: dict[str, Output] = {"epsilon": "eps", "v_prediction": "v"}
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Schedule:
         train_steps = int(config.get("num_train_timesteps", 1000))
         if not 1 <= steps <= train_steps:
             raise ValueError(f"steps = {steps} is outside 1..{train_steps}, the scheduler's num_train_timesteps")
-        if "FlowMatch" in config.get("_class_name", "") or config.get("prediction_type") == "flow_prediction":
+        if "FlowMatch" in config.get("_class_name", "") or ("shift" in config and "beta_schedule" not in config):
             return _flow(config, steps)
         return _variance_preserving(config, steps, spacing, final_alpha)
 

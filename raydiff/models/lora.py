@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ ADAPTER = "default"  # the name of the adapter that is trained
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
-def add(denoiser: nn.Module, lora: Lora, seed: int) -> dict[str, nn.Parameter]:
+def add(denoiser: Any, lora: Lora, seed: int) -> dict[str, nn.Parameter]:
     """Freeze `denoiser`, add an fp32 adapter to it and return the adapter's parameters by name.
 
     Raises ValueError when no module has one of the target names.
@@ -41,7 +43,7 @@ def add(denoiser: nn.Module, lora: Lora, seed: int) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def disabled(denoiser: nn.Module) -> Iterator[None]:
+def disabled(denoiser: Any) -> Iterator[None]:
     """Inside, the adapter is off.
 
     Switching adapters also clears or sets requires_grad; it is put back, or a backward pass after this would silently train
@@ -57,35 +59,98 @@ def disabled(denoiser: nn.Module) -> Iterator[None]:
             p.requires_grad_(flags[name])
 
 
-def save(denoiser: nn.Module, folder: Path, state: Mapping[str, Tensor], pipeline: type) -> None:
+def save(denoiser: Any, folder: Path, state: Mapping[str, Tensor], pipeline: Any) -> None:
     """Write the adapter whose tensors are `state` ({parameter name: tensor}) for `pipe.load_lora_weights(folder)`."""
     from peft.utils import get_peft_model_state_dict
 
     layers = get_peft_model_state_dict(denoiser, state_dict=dict(state), adapter_name=ADAPTER)
     config = denoiser.peft_config[ADAPTER].to_dict()
-    pipeline.save_lora_weights(  # type: ignore[attr-defined]
+    pipeline.save_lora_weights(
         folder, unet_lora_layers=layers, unet_lora_adapter_metadata={k: v for k, v in config.items() if _plain(v)}
     )
 
 
-def check_fits(denoiser: nn.Module, adapter: str | Path) -> None:
-    """Raise ValueError when an adapter file was trained on another base model, FileNotFoundError when there is none."""
+def attach(pipe: Any, denoiser: nn.Module, adapters: Sequence[tuple[str | Path, float]]) -> None:
+    """Let `denoiser`, the pipeline's, run as W0 + Σ_j λ_j·ΔW_j of adapters [(folder, λ), ...] (arXiv 2309.17400, §5.3).
+
+    The deltas are summed, never A and B apart. They are added up in the order of the files' digests, so the order given changes
+    no bit; at λ = 0 an adapter is left out. Raises what `check_fits` raises.
+    """
+    for folder, _ in adapters:
+        check_fits(denoiser, folder)
+    used = sorted((digest(folder), weight, str(folder)) for folder, weight in adapters if weight != 0)
+    names = [f"{ADAPTER}_{i}" for i in range(len(used))]
+    for name, (_, _, folder) in zip(names, used, strict=True):
+        file = weights_file(folder)
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+    if used:
+        pipe.set_adapters(names, [weight for _, weight, _ in used])
+
+
+def load(denoiser: nn.Module, adapter: str | Path) -> None:
+    """Put an exported adapter's weights into the adapter that `add` made: evaluate a trained one, or go on from it.
+
+    Raises ValueError when its rank, targets or scale are not those of this adapter.
+    """
     from safetensors import safe_open
 
+    check_fits(denoiser, adapter)
+    own = {name: p for name, p in denoiser.named_parameters() if "lora_" in name}
+    with safe_open(weights_file(adapter), "pt") as tensors:
+        given = {
+            key.removeprefix("unet.").removesuffix(".weight") + f".{ADAPTER}.weight": tensors.get_tensor(key)
+            for key in tensors.keys()  # noqa: SIM118 -- safe_open is not a mapping
+        }
+        config = json.loads((tensors.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    mine = denoiser.peft_config[ADAPTER]  # type: ignore[index, union-attr]
+    alpha = config.get("unet.lora_alpha", mine.lora_alpha)
+    if {n: t.shape for n, t in given.items()} != {n: p.shape for n, p in own.items()} or alpha != mine.lora_alpha:
+        raise ValueError(
+            f"adapter {str(adapter)!r} has another rank, alpha or targets than model.lora"
+            f" (rank {mine.r}, alpha {mine.lora_alpha}): set model.lora to the adapter's"
+        )
+    with torch.no_grad():
+        for name, tensor in given.items():
+            own[name].copy_(tensor)
+
+
+def weights_file(adapter: str | Path) -> Path:
+    """The file of an adapter, which is named by its folder or by itself. Raises FileNotFoundError."""
     file = Path(adapter) / WEIGHTS if Path(adapter).is_dir() else Path(adapter)
     if not file.is_file():
         raise FileNotFoundError(f"adapter {str(adapter)!r}: there is no {WEIGHTS}; give the folder that a run exported")
-    shapes = {name: tuple(m.weight.shape) for name, m in denoiser.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    with safe_open(file, "pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118 -- safe_open is not a mapping
-            module, _, part = key.removeprefix("unet.").partition(".lora_")
-            shape = tensors.get_slice(key).get_shape()
-            base = shapes.get(module)
-            if base is None:
-                raise ValueError(f"adapter {file} is for another base model: this one has no layer {module!r}")
-            inner = shape[1] if part.startswith(("A", "down")) else shape[0]
-            if inner != (base[1] if part.startswith(("A", "down")) else base[0]):
-                raise ValueError(f"adapter {file} is for another base model: {module} is {base} here, {part} is {tuple(shape)}")
+    return file
+
+
+def digest(adapter: str | Path) -> str:
+    """SHA-256 of an adapter's file."""
+    return hashlib.sha256(weights_file(adapter).read_bytes()).hexdigest()
+
+
+def check_fits(denoiser: nn.Module, adapter: str | Path) -> None:
+    """Raise ValueError when an adapter's file is broken or for another base model, FileNotFoundError when there is none."""
+    from safetensors import SafetensorError, safe_open
+
+    file = weights_file(adapter)
+    shapes = {
+        name.removesuffix(".base_layer"): tuple(m.weight.shape)
+        for name, m in denoiser.named_modules()
+        if isinstance(m, nn.Linear | nn.Conv2d) and ".lora_" not in name
+    }
+    try:
+        with safe_open(file, "pt") as tensors:
+            given = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118 -- not a mapping
+    except SafetensorError as error:
+        raise ValueError(f"adapter {file} is broken: {error}") from None
+    for key, shape in given.items():
+        module, lora, part = key.removeprefix("unet.").partition(".lora_")
+        if not lora:
+            raise ValueError(f"adapter {file}: {key!r} is no LoRA tensor in diffusers' format")
+        if module not in shapes:
+            raise ValueError(f"adapter {file} is for another base model: this one has no layer {module!r}")
+        base, down = shapes[module], part.startswith(("A", "down"))
+        if shape[down] != base[down]:  # A is (rank, in), B is (out, rank)
+            raise ValueError(f"adapter {file} is for another base model: {module} is {base} here, lora_{part} is {shape}")
 
 
 def _plain(value: object) -> bool:

@@ -94,7 +94,7 @@ class StableDiffusion:
 
     def __init__(self, pipe: Any, trained: Mapping[str, nn.Parameter], frozen: nn.Module | None = None) -> None:
         self.pipe, self._trained, self._frozen = pipe, dict(trained), frozen
-        self.denoiser: nn.Module = pipe.unet
+        self.denoiser: Any = pipe.unet
         self.device: torch.device = pipe.unet.device
         self.dtype: torch.dtype = pipe.vae.dtype
         config = pipe.unet.config
@@ -155,6 +155,14 @@ class StableDiffusion:
             plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
             self.denoiser.save_pretrained(Path(folder) / "unet", state_dict=plain)
 
+    def load(self, folder: str | Path) -> None:
+        """Take up the trained weights that `export` wrote to a folder."""
+        if hasattr(self.denoiser, "peft_config"):
+            lora.load(self.denoiser, folder)
+        else:
+            tuned = type(self.pipe.unet).from_pretrained(folder, subfolder="unet", use_safetensors=True)
+            self.denoiser.load_state_dict(tuned.state_dict())
+
 
 class _UnitClamp(torch.autograd.Function):
     """clamp to [0,1] whose gradient survives in a saturated pixel when following it downhill leads back inside.
@@ -168,7 +176,7 @@ class _UnitClamp(torch.autograd.Function):
         return x.clamp(0, 1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         stuck = ((x > 1) & (gradient < 0)) | ((x < 0) & (gradient > 0))
         return gradient.masked_fill(stuck, 0.0)

@@ -1,0 +1,143 @@
+"""The run file: errors that name field, value and way out; round trips; dotted paths."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raydiff.config import ConfigError, Run, flat, geometry, load, override
+
+RECIPES = sorted(Path(__file__).parents[1].glob("jobs/recipes/*.toml"))
+BASE = """
+[model]
+kind = "stable_diffusion"
+[method]
+kind = "draft_k"
+k = 2
+[rewards.blue]
+kind = "colour"
+[sampler]
+steps = 10
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.toml"
+    path.write_text(BASE)
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_parses_and_round_trips_through_json(path: Path, tmp_path: Path) -> None:
+    run = load(path)
+    assert run.name == path.stem
+    text = run.model_dump_json()
+    assert Run.model_validate_json(text) == run
+    copy = tmp_path / "run.json"
+    copy.write_text(text)
+    assert load(copy) == run
+    assert flat(load(copy)) == flat(run)
+    assert geometry(run).size == run.batch.size
+
+
+def test_there_are_the_recipes_that_the_readme_names() -> None:
+    assert {p.stem for p in RECIPES} >= {
+        "emoji_draft",
+        "emoji_draft_k",
+        "emoji_draft_lv",
+        "emoji_refl",
+        "sd15_draft_lv_aesthetic",
+    }
+
+
+def test_overrides_take_toml_values_and_are_validated_again(recipe: Path) -> None:
+    run = load(
+        recipe, ["method.k=3", "model.lora.rank=4", "name=other", "rewards.blue.rgb=[0.0, 0.5, 1.0]", "optimizer.ema=0.9"]
+    )
+    assert (run.method.k, run.model.lora.rank, run.name, run.optimizer.ema) == (3, 4, "other", 0.9)
+    assert run.rewards["blue"].rgb == (0.0, 0.5, 1.0)
+    assert load(recipe, ["optimizer.ema=0.9", "optimizer.ema=none"]).optimizer.ema is None
+    assert override(run, {"method.k": 5, "rewards.blue.weight": 2.0}).rewards["blue"].weight == 2.0
+    assert override(run, {}) == run
+    with pytest.raises(ConfigError, match="method.k = 11"):
+        override(run, {"method.k": 11})
+
+
+def test_another_kind_starts_from_its_own_defaults(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match="method: unknown key 'k'"):
+        load(recipe, ["method.kind=refl"])
+    assert override(load(recipe), {"method": {"kind": "refl"}}).method.last_steps == 10
+
+
+def test_flat_has_a_scalar_for_every_dotted_path(recipe: Path) -> None:
+    run = load(recipe)
+    values = flat(run)
+    assert values["method.k"] == 2 and values["rewards.blue.region"] == "border" and values["sampler.steps"] == 10
+    assert override(run, {k: v for k, v in values.items() if not isinstance(v, dict)}) == run
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        ({"sampler.stepz": 10}, ["sampler: unknown key 'stepz'; did you mean 'steps'?"]),
+        ({"samplr.steps": 10}, ["unknown key 'samplr'; did you mean 'sampler'?"]),
+        ({"method.kk": 1}, ["method: unknown key 'kk'"]),
+        ({"rewards.blue.regoin": "all"}, ["rewards.blue: unknown key 'regoin'; did you mean 'region'?"]),
+        ({"model.lora.rnk": 1}, ["model.lora: unknown key 'rnk'; did you mean 'rank'?"]),
+        ({"method.kind": "draft_kk"}, ["method: kind = 'draft_kk' does not exist; did you mean 'draft_k'?", "draft_lv"]),
+        ({"rewards.blue.kind": "color"}, ["rewards.blue: kind = 'color' does not exist; did you mean 'colour'?"]),
+        ({"rewards.blue.kind": "nowhere.at_all"}, ["rewards.blue: kind = 'nowhere.at_all' does not exist"]),
+        ({"method.k": 0}, ["method.k: Input should be greater than or equal to 1 (got 0)"]),
+        ({"method.k": 11}, ["method.k = 11 is more than sampler.steps = 10", "use draft"]),
+        ({"method": {"kind": "refl", "last_steps": 11}}, ["method.last_steps = 11 exceeds sampler.steps = 10"]),
+        (
+            {"rewards.size.kind": "jpeg_size"},
+            ["rewards.size: kind = 'jpeg_size' has no gradient", "'draft_k'", "evaluate.rewards.size"],
+        ),
+        ({"batch.size": 7, "batch.micro": 2}, ["batch.size = 7 is not divisible", "2 × 1 = 2", "6 or 8"]),
+        ({"train.workers": 3}, ["4 × 3 = 12", "set batch.size to 12"]),
+        ({"evaluate.rewards.blue.kind": "symmetry"}, ["evaluate.rewards: ['blue'] is trained on too"]),
+        ({"rewards.total.kind": "symmetry"}, ["cannot be named 'total'"]),
+        ({"model.train": "full", "model.dtype": "bfloat16"}, ["model.dtype = 'bfloat16'", "float32"]),
+        ({"optimizer.lr": float("nan")}, ["optimizer.lr"]),
+        ({"sampler.spacing": "trailling"}, ["sampler.spacing", "'leading', 'trailing' or 'linspace'", "'trailling'"]),
+        ({"method.kl": -1.0}, ["method.kl = -1.0 is negative"]),
+        ({"name": "../up"}, ["name"]),
+    ],
+)
+def test_a_wrong_run_says_which_field_and_the_way_out(recipe: Path, changes: dict[str, Any], messages: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        override(load(recipe), changes)
+    for message in messages:
+        assert message in str(error.value)
+
+
+def test_several_faults_are_told_at_once(recipe: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(recipe, ["sampler.steps=0", "optimizer.lr=-1", "train.zero_stage=4"])
+    assert [line.split(":")[0] for line in str(error.value).splitlines()] == [
+        "sampler.steps", "optimizer.lr", "train.zero_stage",
+    ]  # fmt: skip
+
+
+def test_missing_files_and_broken_syntax(tmp_path: Path, recipe: Path) -> None:
+    with pytest.raises(ConfigError, match=r"mien.toml' does not exist; did you mean 'mine.toml'"):
+        load(tmp_path / "mien.toml")
+    with pytest.raises(ConfigError, match="not path=value"):
+        load(recipe, ["method.k"])
+    with pytest.raises(ConfigError, match="'k' is a value, not a table"):
+        load(recipe, ["method.k.x=1"])
+    recipe.write_text("[model")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load(recipe)
+
+
+def test_needed_tables_are_named(recipe: Path) -> None:
+    recipe.write_text(json.dumps({"method": {}}))
+    with pytest.raises(ConfigError) as error:
+        load(recipe.rename(recipe.with_suffix(".json")))
+    text = str(error.value)
+    assert "model: Field required" in text and "rewards: Field required" in text
+    assert 'method: needs kind = "...", one of draft, draft_k, draft_lv, refl' in text
