@@ -41,7 +41,7 @@ class Plugin(RewardConfig):
                 f"head = {self.head!r} takes embeddings of {wanted} numbers, model = {self.model!r} gives {width}:"
                 " use the CLIP model that the head was trained on"
             )
-        return Aesthetic(embed_image, head).to(device)
+        return Aesthetic(embed_image, head).eval().to(device)
 
 
 class Aesthetic(nn.Module):

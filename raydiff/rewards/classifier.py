@@ -61,7 +61,7 @@ class Plugin(RewardConfig):
     def build(self, device: torch.device | str = "cpu") -> Reward:
         model, preprocess, names = load_efficientnet(self.dtype) if self.model == EFFICIENTNET else self._load()
         fixed = None if self.label is None else classes_named(self.label, names)
-        return Classifier(model, preprocess, names, fixed).to(device)
+        return Classifier(model, preprocess, names, fixed).eval().to(device)
 
     def _load(self) -> tuple[Any, Preprocess, Names]:
         from transformers import AutoImageProcessor, AutoModelForImageClassification

@@ -47,7 +47,7 @@ class Plugin(RewardConfig):
 
         embed_image = load_clip(self.model, self.processor, self.dtype)
         tokenizer = AutoTokenizer.from_pretrained(source(self.processor or self.model, embedded="clip"))
-        return Alignment(embed_image, tokenizer, self.logit_scale).to(device)
+        return Alignment(embed_image, tokenizer, self.logit_scale).eval().to(device)
 
 
 class ImageEmbedding(nn.Module):
