@@ -5,6 +5,7 @@ Legend: B images, L classes.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -102,8 +103,6 @@ def classes_named(label: str, names: Names) -> list[int]:
     """The classes with this name. Raises ValueError that names some that exist."""
     key = label.lower().replace("_", " ")
     if key not in names:
-        import difflib
-
         near = difflib.get_close_matches(key, names, n=3, cutoff=0.5) or sorted(names)[:8]
         raise ValueError(f"label = {label!r} is no class of the model; there are {', '.join(map(repr, near))}, ...")
     return names[key]

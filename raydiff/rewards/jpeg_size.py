@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -24,8 +25,6 @@ class Plugin(RewardConfig):
     """JPEG quality; 95 is DDPO's."""
 
     def build(self, device: torch.device | str = "cpu") -> Reward:
-        import io
-
         from PIL import Image
 
         sign = -1 if self.target == "compressible" else 1
