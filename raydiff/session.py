@@ -108,11 +108,15 @@ class Session:
 
     @torch.no_grad()
     def evaluate(self) -> list[Picture]:
-        """This worker's share of the held-out pictures, by index: the same prompts and seeds at every call."""
+        """This worker's share of the held-out pictures, by index: the same prompts and seeds at every call.
+
+        Every worker makes as many calls, with a picture to discard if need be: ZeRO-3 gathers weights in each of them.
+        """
         config, mine = self.run.evaluate, range(self.rank, self.run.evaluate.images, self.workers)
         pictures: list[Picture] = []
-        for start in range(0, len(mine), config.batch):
-            index = list(mine[start : start + config.batch])
+        for start in range(0, -(-config.images // self.workers), config.batch):
+            share = list(mine[start : start + config.batch])
+            index = share or [0]
             prompts = [self.held_out_prompts[i % len(self.held_out_prompts)] for i in index]
             seeds = [mix(config.seed, i) for i in index]
             images = self.model.decode(self.judge.sample(prompts, seeds)[0])
@@ -121,7 +125,7 @@ class Session:
             pixels = (images * 255).round().byte().cpu()
             pictures += [
                 Picture(i, prompts[row], seeds[row], {name: float(r[row]) for name, r in rewards.items()}, pixels[row])
-                for row, i in enumerate(index)
+                for row, i in enumerate(share)
             ]
         return pictures
 

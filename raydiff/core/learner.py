@@ -65,12 +65,17 @@ def update(engine: Engine, method: Loss, policy: Policy, batches: Iterable[Rollo
     history: list[Metrics] = []
     for batch in batches:
         loss, metrics = method.loss(policy, batch)
-        if not bool(torch.isfinite(loss)):
-            raise FloatingPointError(f"loss is {loss.item()} for prompts {list(batch.prompts)}, seeds {batch.flat_seeds()}")
+        require_finite(loss, batch)
         engine.backward(loss)
         engine.step()
         history.append({"loss": loss.detach(), **metrics})
     return {name: float(torch.stack([m[name].float() for m in history]).mean()) for name in history[0]}
+
+
+def require_finite(loss: Tensor, batch: Rollouts) -> None:
+    """Raise FloatingPointError when the loss of a micro-batch is not finite."""
+    if not bool(torch.isfinite(loss)):
+        raise FloatingPointError(f"loss is {loss.item()} for prompts {list(batch.prompts)}, seeds {batch.flat_seeds()}")
 
 
 def learning_rate_factor(

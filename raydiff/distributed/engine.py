@@ -1,0 +1,163 @@
+"""DeepSpeed around the denoiser: an Engine whose weights, moments and gradients can be had whole at every ZeRO stage."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from raydiff.config import Run, geometry
+from raydiff.core import learner
+from raydiff.session import Session
+
+Kind = Literal["parameters", "exp_avg", "exp_avg_sq", "gradients"]
+
+
+def deepspeed_config(run: Run, workers: int, *, persistence_threshold: int | None = None) -> dict[str, Any]:
+    """DeepSpeed's config. There is no bf16 section, as it would cast an fp32 adapter; the optimiser is the session's.
+
+    `persistence_threshold`: parameters with fewer elements stay whole under ZeRO-3; None takes DeepSpeed's 100 000, which
+    leaves a tiny model's parameters all whole.
+    """
+    batch = geometry(run, workers)
+    zero: dict[str, Any] = {"stage": run.train.zero_stage}
+    if run.train.zero_stage:
+        # The defaults allocate 2 GB a bucket, whatever the adapter's size.
+        zero |= {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
+    if run.train.zero_stage == 3 and persistence_threshold is not None:
+        zero["stage3_param_persistence_threshold"] = persistence_threshold
+    return {
+        "train_batch_size": batch.size,
+        "train_micro_batch_size_per_gpu": batch.micro,
+        "gradient_accumulation_steps": batch.accumulation,
+        "gradient_clipping": run.optimizer.max_grad_norm,
+        "steps_per_print": 2**31,
+        "zero_optimization": zero,
+    }
+
+
+class ZeroEngine:
+    """The Engine of one worker. Methods that say "collective" must be called on every rank."""
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+        persistence_threshold: int | None = None,
+    ) -> None:
+        """Wrap the session's denoiser; torch.distributed must be up. Collective. `weights` replace the trained ones."""
+        self.session, self.trained = session, session.model.trained()
+        self.stage: int = session.run.train.zero_stage
+        if weights is not None:
+            with torch.no_grad():  # before DeepSpeed copies and partitions them
+                for name, p in self.trained.items():
+                    p.copy_(weights[name])
+        self.adam, self.scheduler = session.optimizer()
+        config = deepspeed_config(session.run, session.workers, persistence_threshold=persistence_threshold)
+        self.deepspeed = _initialize(session.model.denoiser, self.adam, self.scheduler, config)
+        self.grad_norm = float("nan")  # of the last update, before clipping
+        session.wrap(self.deepspeed)
+
+    def backward(self, loss: Tensor) -> None:
+        self.deepspeed.backward(loss)
+
+    def step(self) -> None:
+        last = self.deepspeed.is_gradient_accumulation_boundary()
+        if last and self.stage == 0:
+            self.grad_norm = float(torch.stack([p.grad.norm() for p in self.trained.values() if p.grad is not None]).norm())
+        self.deepspeed.step()
+        if last and self.stage:
+            self.grad_norm = float(self.deepspeed.get_global_grad_norm())
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next update."""
+        return float(self.scheduler.get_last_lr()[0])
+
+    def full(self, kind: Kind) -> dict[str, Tensor]:
+        """Whole fp32 tensors by parameter name, on the CPU. Collective.
+
+        Moments exist after the first update; gradients between the last micro-batch's backward and its step.
+        """
+        return {name: self._one(p, kind).detach().float().cpu().clone() for name, p in self.trained.items()}
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The trained weights, whole, on the model's device; below ZeRO-3 the live parameters themselves. Collective."""
+        return {name: self._one(p, "parameters") for name, p in self.trained.items()} if self.stage == 3 else self.trained
+
+    @contextmanager
+    def swapped(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the model computes with `values`; after it, with what it had before. Collective."""
+        if self.stage < 3:
+            with learner.swapped(self.trained, values):
+                yield
+            return
+        before = self.full("parameters")
+        self._scatter(values)
+        try:
+            yield
+        finally:
+            self._scatter(before)
+
+    def restore(self, moments: Mapping[str, Mapping[str, Tensor]], updates: int) -> None:
+        """Put back Adam's moments {"exp_avg": {name: tensor}, ...} and the count of updates done. Collective."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        self._make_moments()
+        for kind, tensors in moments.items():
+            for name, p in self.trained.items():
+                value = tensors[name].to(self.session.model.device)
+                if self.stage == 0:
+                    self.adam.state[p][kind].copy_(value)
+                else:
+                    safe_set_full_optimizer_state(p, value, kind)
+        for state in self.adam.state.values():
+            state["step"].fill_(updates)
+        self.scheduler.last_epoch = updates - 1
+        self.scheduler.step()
+        self.deepspeed.global_steps = updates
+
+    def _one(self, p: Tensor, kind: Kind) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state
+
+        if kind == "parameters":
+            return safe_get_full_fp32_param(p) if self.stage == 3 else p
+        if kind == "gradients":
+            return safe_get_full_grad(p)
+        return self.adam.state[p][kind] if self.stage == 0 else safe_get_full_optimizer_state(p, kind)
+
+    def _scatter(self, values: Mapping[str, Tensor]) -> None:
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters(list(self.trained.values()), modifier_rank=0), torch.no_grad():
+            if self.session.rank == 0:
+                for name, p in self.trained.items():
+                    p.copy_(values[name])
+
+    def _make_moments(self) -> None:
+        """Adam's moments exist only after a step: make one at learning rate 0 with zero gradients."""
+        groups, policy = self.adam.param_groups, self.session.policy
+        for group in groups:
+            group["lr"] = 0.0
+        noise = torch.zeros(1, *self.session.model.latent_shape, device=self.session.model.device)
+        time = policy.schedule.time(0, noise)
+        predict = self.session.model.predict(self.deepspeed, [""], 1)
+        for _ in range(self.session.geometry.accumulation):
+            self.deepspeed.backward(predict(noise, time).sum() * 0)
+            self.deepspeed.step()
+
+
+def _initialize(denoiser: torch.nn.Module, adam: Any, scheduler: Any, config: dict[str, Any]) -> Any:
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        # DeepSpeed would compile this one, which serves inference only, and without a compiler fail.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed.initialize(model=denoiser, optimizer=adam, lr_scheduler=scheduler, config=config)[0]

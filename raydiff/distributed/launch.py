@@ -1,0 +1,270 @@
+"""Start a run on Ray: preflight, workers, progress, and what is left at the end."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import shlex
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raydiff.config import ConfigError, Run, geometry
+from raydiff.data.prompts import read_both
+from raydiff.distributed import checkpoint, learn, tracking
+from raydiff.distributed.progress import Progress, duration
+from raydiff.distributed.ranks import Refused
+from raydiff.distributed.storage import Folder, StorageError
+from raydiff.distributed.tracking import Board, Tracker
+
+RUN = "run.json"
+_POLL = 0.5  # seconds between looks at the board
+_ENVIRONMENT = {
+    "RAY_worker_niceness": "0",  # Ray's own 15 starves workers on a shared machine
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a recipe stay true on the workers
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "240",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    name: str
+    folder: str
+    adapter: str
+    before: dict[str, float]  # held_out/* of the untrained model
+    after: dict[str, float]
+    grid: str | None  # PNG of held-out pictures before and after
+    mlflow_uri: str
+    mlflow_run_id: str
+
+
+def train(run: Run, *, resume: str | Path | None = None) -> Result:
+    """Train on a Ray cluster: the one that is connected, that RAY_ADDRESS names, or a local one.
+
+    `resume` is the name or the folder of a started run; it goes on after its newest checkpoint. Raises ConfigError before any
+    worker starts when the run cannot work here; NonFiniteReward, FloatingPointError or StorageError, without a retry, when it
+    cannot go on; KeyboardInterrupt after a last checkpoint on Ctrl-C.
+    """
+    preflight(run)
+    folder = _resumed(run, resume) if resume is not None else _fresh(run)
+    run_json = run.model_dump_json(indent=1)
+    use_gpu = connect(run)
+    folder.write(RUN, run_json.encode())
+    with Progress(run.train.updates) as progress:
+        progress.say(f"{folder.name}: {geometry(run)}, {run.train.updates} updates, ZeRO-{run.train.zero_stage}")
+        progress.waiting("starting MLflow")
+        tracker = tracking.start(run, folder.name, folder)
+        progress.waiting("starting workers")
+        board = _board(tracker, folder)
+        status = "FAILED"
+        try:
+            outcome = _follow(_fit(run, run_json, folder, board, use_gpu), board, progress)
+            status = "FINISHED" if "finished" in outcome else "KILLED" if "stopped" in outcome else "FAILED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            _close(board, tracker, status, progress)
+    if "refused" in outcome:
+        raise Refused(*outcome["refused"]).error()
+    if "stopped" in outcome:
+        print(f"stopped after update {outcome['stopped']}; its checkpoint is in {folder}; continue with resume={folder.name!r}")
+        raise KeyboardInterrupt
+    return _finished(run, folder, tracker, outcome["finished"])
+
+
+def preflight(run: Run) -> None:
+    """What can be known without a cluster. Raises ConfigError, one line per fault."""
+    parts = {"model": run.model, "method": run.method}
+    parts |= {f"rewards.{name}": reward for name, reward in run.rewards.items()}
+    parts |= {f"evaluate.rewards.{name}": reward for name, reward in run.evaluate.rewards.items()}
+    faults = []
+    for path, part in parts.items():
+        try:
+            part.preflight()
+        except (ValueError, OSError, ImportError) as error:
+            faults.append(f"{path}: {error}")
+    try:
+        read_both(run.prompts)
+    except (ValueError, OSError) as error:
+        faults.append(str(error))
+    try:
+        Folder(run.storage).check_writable()
+    except (StorageError, ValueError) as error:
+        faults.append(f"storage = {run.storage!r}: {error}")
+    else:
+        if run.tracking.uri is None:
+            tracking.default_uri(run.storage)
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def connect(run: Run) -> bool:
+    """Connect to Ray unless that is done, and check that the workers fit. Returns whether they use GPUs."""
+    import ray
+
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if not ray.is_initialized():
+        local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+        ray.init(log_to_driver=False, logging_level="ERROR", **local)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    use_gpu = run.train.use_gpu if run.train.use_gpu is not None else any(node.get("GPU", 0) >= 1 for node in nodes)
+    check_fits(run, nodes, use_gpu)
+    return use_gpu
+
+
+def check_fits(run: Run, nodes: list[dict[str, float]], use_gpu: bool) -> None:
+    """Raise ConfigError, with the sum, when a cluster of nodes with these resources can never hold the workers."""
+    workers, cpus = run.train.workers, run.train.cpus_per_worker
+    places = sum(
+        min(math.floor(node.get("CPU", 0) / cpus + 1e-9), math.floor(node.get("GPU", 0)) if use_gpu else workers)
+        for node in nodes
+    )
+    if places >= workers:
+        return
+    have = f"{sum(node.get('CPU', 0) for node in nodes):g} CPUs"
+    need = f"{workers} workers × {cpus:g} CPUs = {workers * cpus:g} CPUs"
+    if use_gpu:
+        have += f" and {sum(node.get('GPU', 0) for node in nodes):g} GPUs"
+        need += f" and {workers} GPUs"
+    raise ConfigError(
+        f"train.workers = {workers} needs {need}; the cluster has {have} on {len(nodes)} node{'s' if len(nodes) > 1 else ''},"
+        f" room for {places}: lower train.workers{' or train.cpus_per_worker' if places or cpus > 1 else ''}, or add nodes"
+    )
+
+
+def _fresh(run: Run) -> Folder:
+    name = f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return Folder(run.storage) / name
+
+
+def _resumed(run: Run, resume: str | Path) -> Folder:
+    """The folder of a started run, checked: it exists, is not finished, and was started with this config."""
+    text = str(resume)
+    folder = Folder(text) if "/" in text else Folder(run.storage) / text
+    if folder.size(RUN) is None:
+        names = [name for name in Folder(run.storage).folders() if (Folder(run.storage) / name).size(RUN) is not None]
+        there = f"; there are {', '.join(names[-5:])}" if names else ""
+        raise ConfigError(f"resume = {text!r}: no run was started in {folder}{there}")
+    checkpoint.check_same_run(folder.read_json(RUN), run)
+    if folder.size(learn.FINISHED) is not None:
+        done = folder.read_json(learn.FINISHED)["updates"]
+        if done >= run.train.updates:
+            raise ConfigError(
+                f"resume = {text!r}: this run is finished, {done} of {run.train.updates} updates; its weights are in"
+                f" {folder / learn.ADAPTER}. A larger train.updates continues it"
+            )
+    return folder
+
+
+def _board(tracker: Tracker, folder: Folder) -> Any:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=8, scheduling_strategy=here)(Board)
+    return actor.remote(tracker, folder.uri)
+
+
+def _fit(run: Run, run_json: str, folder: Folder, board: Any, use_gpu: bool) -> Future[dict[str, Any]]:
+    """Start the workers in a thread: in the main one Ray would answer Ctrl-C by killing them."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    resources: dict[str, float] = {"CPU": run.train.cpus_per_worker, **({"GPU": 1} if use_gpu else {})}
+    trainer = TorchTrainer(
+        learn.work,
+        train_loop_config={"run": run_json, "folder": folder.uri, "board": board},
+        # gloo's own timeout leaves the other workers waiting for half an hour
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=300),
+        scaling_config=ScalingConfig(num_workers=run.train.workers, use_gpu=use_gpu, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=folder.name,
+            storage_path=folder.uri.rpartition("/")[0],
+            failure_config=FailureConfig(max_failures=run.train.max_failures),
+        ),
+    )
+    future: Future[dict[str, Any]] = Future()
+
+    def fit() -> None:
+        try:
+            future.set_result(trainer.fit().return_value)
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=fit, daemon=True, name="raydiff-fit").start()
+    return future
+
+
+def _follow(future: Future[dict[str, Any]], board: Any, progress: Progress) -> dict[str, Any]:
+    """Show the run until it ends. Ctrl-C asks for a last checkpoint; a second one does not wait for it."""
+    import ray
+
+    place, stopping = 0, False
+    while True:
+        try:
+            ended = future.done()
+            news = ray.get(board.since.remote(place))
+            place += len(news)
+            for item in news:
+                if isinstance(item, str):
+                    progress.say(item)
+                else:
+                    progress.row(item)
+            if ended:
+                return future.result()
+            time.sleep(_POLL)
+        except KeyboardInterrupt:
+            if stopping:
+                raise
+            stopping = True
+            board.stop.remote()
+            progress.say("stopping: this update, then a checkpoint; Ctrl-C again stops without one")
+
+
+def _close(board: Any, tracker: Tracker, status: str, progress: Progress) -> None:
+    """Log what is left. MLflow's faults are told and go no further."""
+    import ray
+
+    try:
+        left = ray.get(board.flush.remote(), timeout=60)
+        tracker.finish(status)
+    except Exception as error:
+        left = f"MLflow at {tracker.uri}: {error}"
+    if left:
+        progress.say(left)
+    ray.kill(board)
+
+
+def _finished(run: Run, folder: Folder, tracker: Tracker, outcome: dict[str, Any]) -> Result:
+    grid = (folder / learn.GRID).uri if folder.size(learn.GRID) is not None else None
+    result = Result(
+        name=folder.name,
+        folder=folder.uri,
+        adapter=(folder / learn.ADAPTER).uri,
+        before=outcome["before"],
+        after=outcome["after"],
+        grid=grid,
+        mlflow_uri=tracker.uri,
+        mlflow_run_id=tracker.run_id,
+    )
+    lines = [f"finished {run.train.updates} updates in {duration(outcome['seconds'])}"]
+    for name, after in result.after.items():
+        before = result.before.get(name)
+        lines.append(f"{name:24} {'' if before is None else f'{before:.4f} -> '}{after:.4f}")
+    lines += [f"weights      {result.adapter}", f"pictures     {grid}" if grid else "", f"checkpoints  {result.folder}"]
+    if run.tracking.uri is None:
+        lines.append(f"metrics      mlflow ui --backend-store-uri {shlex.quote(tracker.uri)}")
+    else:
+        lines.append(f"metrics      {tracker.uri}, run {tracker.run_id}")
+    print("\n".join(line for line in lines if line))
+    return result

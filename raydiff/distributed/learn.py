@@ -1,0 +1,226 @@
+"""The loop of one training worker: what `local.fit` does, on its share of every batch, with checkpoints."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from raydiff import pictures
+from raydiff.config import ConfigError, Run
+from raydiff.core.policy import Calls
+from raydiff.distributed import checkpoint
+from raydiff.distributed.checkpoint import Checkpoint
+from raydiff.distributed.engine import ZeroEngine
+from raydiff.distributed.ranks import AgreedLoss, Ranks, Refused
+from raydiff.distributed.storage import Folder
+from raydiff.session import Picture, Session, summary
+
+BEFORE = "pictures/before"  # .safetensors and .json: the untrained model's, for the grid at the end
+GRID = "pictures/before_after.png"
+ADAPTER = "adapter"
+FINISHED = "finished.json"
+
+
+def work(config: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Train calls on every worker. `config`: run (JSON), folder, board.
+
+    Returns {"finished": {...}}, {"stopped": update} after a stop that the driver asked for, or {"refused": (kind, message)}.
+    An exception instead would mean a lost worker to Ray, which starts all of them again.
+    """
+    import ray.train.torch
+
+    ranks = Ranks()
+    try:
+        with ranks.agreed():
+            run = Run.model_validate_json(config["run"])
+        device = ray.train.torch.get_device()
+        if device.type == "cpu":
+            torch.set_num_threads(max(1, int(run.train.cpus_per_worker)))
+        return Worker(run, device, ranks, Folder(config["folder"]), config["board"]).train()
+    except Refused as refusal:
+        return {"refused": (refusal.kind, refusal.message)}
+
+
+class Worker:
+    """One worker's objects, continued from the newest checkpoint if the folder has one. Every method is collective."""
+
+    def __init__(self, run: Run, device: torch.device, ranks: Ranks, folder: Folder, board: Any) -> None:
+        self.run, self.ranks, self.folder, self.board = run, ranks, folder, board
+        self.history: list[dict[str, float]] = []  # the metrics of every update so far, over restarts
+        self.next_step, self.seconds_before, self.start = 0, 0.0, time.perf_counter()
+        self.evaluated: tuple[int, list[Picture]] = (-1, [])  # after how many updates, and its pictures
+        found: Checkpoint | None = None
+        with ranks.agreed():
+            if ranks.rank == 0:
+                found = checkpoint.latest(folder)
+        place = ranks.gather(found.folder.uri if found else None)[0]  # rank 0 looked: all continue from the same one
+        with ranks.agreed():
+            try:
+                self.session = Session(run, device, ranks.rank, ranks.size)
+            except (ValueError, OSError) as error:
+                raise ConfigError(str(error)) from error
+            saved: dict[str, Mapping[str, Tensor]] = {}
+            if place:
+                found = checkpoint.read(Folder(place))
+                assert found is not None, place
+                checkpoint.check_same_run(found.run, run)
+                kinds = ("parameters", "exp_avg", "exp_avg_sq", *(("ema",) if self.session.ema else ()))
+                saved = {kind: found.tensors(kind) for kind in kinds}
+        self.session.method = AgreedLoss(run.method, ranks)
+        self.engine = ZeroEngine(self.session, weights=saved.get("parameters"))
+        if found:
+            self.resume(found, saved)
+
+    def resume(self, found: Checkpoint, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.engine.restore({kind: saved[kind] for kind in ("exp_avg", "exp_avg_sq")}, found.next_step)
+        if self.session.ema:
+            self.session.ema.updates = found.next_step
+            for name, average in self.session.ema.average.items():
+                average.copy_(saved["ema"][name])
+        if self.ranks.rank == 0:
+            self.session.policy.calls = found.calls
+            self.board.add.remote(found.history, [])
+            self.board.tell.remote(f"continuing after update {found.next_step}")
+        self.history, self.next_step, self.seconds_before = found.history, found.next_step, found.seconds
+
+    def train(self) -> dict[str, Any]:
+        train = self.run.train
+        if not self.history:
+            self.report({"step": 0, **summary(self.evaluate(0)), **self.cost()})
+        for step in range(self.next_step, train.updates):
+            lr = self.engine.lr
+            metrics = self.session.update(self.engine, step)
+            if self.session.ema:
+                self.session.ema.update(self.engine.weights())
+            done = step + 1
+            shared = self.ranks.gather((metrics, self.ranks.rank == 0 and self.must_stop()))
+            stop = shared[0][1]
+            row = {"step": done, **{name: sum(m[name] for m, _ in shared) / len(shared) for name in metrics}}
+            row |= {"grad_norm": self.engine.grad_norm, "lr": lr, **self.cost()}
+            if done % self.run.evaluate.every == 0 or done == train.updates:
+                row |= summary(self.evaluate(done))
+            self.report(row)
+            if stop or done % train.checkpoint_every == 0 or done == train.updates:
+                self.save(done)
+            if stop and done < train.updates:
+                return {"stopped": done}
+        return {"finished": self.finish()}
+
+    def evaluate(self, done: int) -> list[Picture]:
+        """All held-out pictures of the weights that would be exported now, by index; a grid of them goes to storage."""
+        with self.ranks.agreed(), self.averaged():
+            mine = self.session.evaluate()
+        everyone = sorted((p for share in self.ranks.gather(mine) for p in share), key=lambda p: p.index)
+        self.evaluated = (done, everyone)
+        shown = everyone[: self.run.evaluate.grid]
+        with self.ranks.agreed():
+            if self.ranks.rank == 0 and shown:
+                if done == 0:
+                    self.keep_before(shown)
+                self.show(f"pictures/step_{done:06d}.png", pictures.sheet(shown))
+        return everyone
+
+    def finish(self) -> dict[str, Any]:
+        """Export the trained weights and the grid of before and after. The run is finished when FINISHED is written."""
+        updates = self.run.train.updates
+        after = self.evaluated[1] if self.evaluated[0] == updates else self.evaluate(updates)
+        weights = self.session.ema.average if self.session.ema else self.engine.weights()
+        with self.ranks.agreed():
+            if self.ranks.rank == 0:
+                with tempfile.TemporaryDirectory() as scratch:
+                    self.session.model.export(scratch, weights)
+                    self.folder.upload(Path(scratch), ADAPTER)
+                    files = [f"{ADAPTER}/{f.relative_to(scratch).as_posix()}" for f in Path(scratch).rglob("*") if f.is_file()]
+                self.board.add.remote([], files)
+                before = self.before()[: self.run.evaluate.grid]
+                if before:
+                    self.show(GRID, pictures.before_after(before, after[: len(before)]))
+                self.folder.write_json(FINISHED, {"updates": updates, **self.result()})
+        return self.result()
+
+    def result(self) -> dict[str, Any]:
+        held_out = [{k: v for k, v in row.items() if k.startswith("held_out/")} for row in self.history]
+        return {"before": held_out[0], "after": [row for row in held_out if row][-1], "seconds": self.history[-1]["seconds"]}
+
+    def save(self, done: int) -> None:
+        """A checkpoint after `done` updates. Tensors are gathered on all ranks, whatever happens to rank 0's disk."""
+        tensors, calls = self.tensors(), self.calls()
+        with self.ranks.agreed():
+            try:
+                if self.ranks.rank == 0:
+                    checkpoint.save(
+                        self.folder,
+                        tensors,
+                        run=self.run,
+                        next_step=done,
+                        calls=calls,
+                        seconds=self.seconds,
+                        history=self.history,
+                    )
+            finally:
+                for _ in tensors:
+                    pass
+
+    def tensors(self) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+        yield "parameters", self.engine.full("parameters")
+        yield "exp_avg", self.engine.full("exp_avg")
+        yield "exp_avg_sq", self.engine.full("exp_avg_sq")
+        if self.session.ema:
+            yield "ema", self.session.ema.average
+
+    def report(self, row: dict[str, float]) -> None:
+        """To the history, to the board, and to Ray, where a sweep listens."""
+        import ray.train
+
+        self.history.append(row)
+        if self.ranks.rank == 0:
+            self.board.add.remote([row], [])
+        ray.train.report(row)
+
+    def show(self, path: str, picture: Any) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            self.folder.write(path, pictures.save(picture, Path(scratch) / "grid.png").read_bytes())
+        self.board.add.remote([], [path])
+
+    def keep_before(self, shown: list[Picture]) -> None:
+        about = [{**vars(p), "image": None} for p in shown]
+        self.folder.write(f"{BEFORE}.safetensors", safetensors.torch.save({"images": torch.stack([p.image for p in shown])}))
+        self.folder.write_json(f"{BEFORE}.json", about)
+
+    def before(self) -> list[Picture]:
+        if self.folder.size(f"{BEFORE}.json") is None:
+            return []
+        images = safetensors.torch.load(self.folder.read(f"{BEFORE}.safetensors"))["images"]
+        about = self.folder.read_json(f"{BEFORE}.json")
+        return [Picture(**{**a, "image": image}) for a, image in zip(about, images, strict=True)]
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return self.engine.swapped(self.session.ema.average) if self.session.ema else nullcontext()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of training so far, over restarts."""
+        return self.seconds_before + time.perf_counter() - self.start
+
+    def calls(self) -> Calls:
+        """What all workers have spent."""
+        return sum(self.ranks.gather(self.session.policy.calls), Calls())
+
+    def cost(self) -> dict[str, float]:
+        return {"seconds": self.seconds, **vars(self.calls())}
+
+    def must_stop(self) -> bool:
+        import ray
+
+        try:
+            return bool(ray.get(self.board.must_stop.remote()))
+        except ray.exceptions.RayActorError:
+            return False  # it is being restarted

@@ -1,0 +1,100 @@
+"""A run's folder on any filesystem that pyarrow writes to: a local or shared disk, S3, GCS, HDFS."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pyarrow import fs as pafs
+
+
+class StorageError(OSError):
+    """The storage cannot be written; names the folder and, on a disk, the free space."""
+
+
+class Folder:
+    """A folder by path or URI. Paths inside are relative, with slashes; writing makes what is missing above."""
+
+    def __init__(self, uri: str | Path) -> None:
+        self.uri = uri if isinstance(uri, str) and "://" in uri else str(Path(uri).expanduser().resolve())
+        if "://" in self.uri:
+            self.fs, self.root = pafs.FileSystem.from_uri(self.uri)
+        else:
+            self.fs, self.root = pafs.LocalFileSystem(), self.uri
+
+    def __truediv__(self, name: str) -> Folder:
+        return Folder(f"{self.uri.rstrip('/')}/{name}")
+
+    def __str__(self) -> str:
+        return self.uri
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.root).name
+
+    @property
+    def local(self) -> Path | None:
+        """The folder as a path of this machine's filesystem, if it is one."""
+        return Path(self.root) if isinstance(self.fs, pafs.LocalFileSystem) else None
+
+    def write(self, path: str, data: bytes) -> None:
+        """Raises StorageError when the disk is full or the folder cannot be written."""
+        target = f"{self.root}/{path}"
+        try:
+            self.fs.create_dir(str(PurePosixPath(target).parent), recursive=True)
+            with self.fs.open_output_stream(target) as stream:
+                stream.write(data)
+        except OSError as error:
+            raise self._failed(path, len(data), error) from error
+
+    def write_json(self, path: str, value: Any) -> None:
+        self.write(path, json.dumps(value, indent=1).encode())
+
+    def upload(self, folder: Path, path: str) -> None:
+        """Copy the files of a local folder to `path`. Raises StorageError."""
+        for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+            self.write(f"{path}/{file.relative_to(folder).as_posix()}", file.read_bytes())
+
+    def read(self, path: str) -> bytes:
+        """Raises FileNotFoundError."""
+        with self.fs.open_input_stream(f"{self.root}/{path}") as stream:
+            return bytes(stream.read())
+
+    def read_json(self, path: str) -> Any:
+        return json.loads(self.read(path))
+
+    def size(self, path: str) -> int | None:
+        """Bytes of a file, None when there is no such file."""
+        info = self.fs.get_file_info(f"{self.root}/{path}")
+        return info.size if info.is_file else None
+
+    def folders(self) -> list[str]:
+        """Names of the folders right below, sorted."""
+        found = self.fs.get_file_info(pafs.FileSelector(self.root, allow_not_found=True))
+        return sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
+
+    def exists(self) -> bool:
+        return self.fs.get_file_info(self.root).type == pafs.FileType.Directory
+
+    def delete(self, name: str) -> None:
+        """Delete a folder below, if it is there."""
+        if (self / name).exists():
+            self.fs.delete_dir(f"{self.root}/{name}")
+
+    def check_writable(self) -> None:
+        """Raises StorageError."""
+        self.write(".writable", b"?")
+        self.fs.delete_file(f"{self.root}/.writable")
+
+    def _failed(self, path: str, size: int, error: OSError) -> StorageError:
+        free = ""
+        if self.local is not None:
+            above = next(folder for folder in (self.local, *self.local.parents) if folder.exists())
+            free = f"; {_mib(shutil.disk_usage(above).free)} are free there"
+        return StorageError(f"cannot write {path} ({_mib(size)}) in {self.uri}: {error}{free}")
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,164 @@
+"""MLflow, and the one actor between a run's workers and the process that started it.
+
+The actor lives on the driver's node, where a SQLite tracking file is, and outlives the workers: a step that was logged before
+they were lost is not logged again. Nothing that MLflow does or fails to do reaches the training.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raydiff.config import ConfigError, Run, flat
+from raydiff.distributed.storage import Folder
+
+NAME_TAG = "raydiff.name"
+_LONGEST = 6000  # characters of a parameter's value
+_AT_ONCE = 100  # parameters in one request
+
+Row = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """One MLflow run."""
+
+    uri: str
+    run_id: str
+
+    def client(self) -> Any:
+        return _client(self.uri)
+
+    def steps(self) -> set[int]:
+        """The steps that are logged."""
+        return {metric.step for metric in self.client().get_metric_history(self.run_id, "seconds")}
+
+    def log(self, row: Row) -> None:
+        from mlflow.entities import Metric
+
+        now, step = int(time.time() * 1000), int(row["step"])
+        self.client().log_batch(
+            self.run_id, metrics=[Metric(name, value, now, step) for name, value in row.items() if name != "step"]
+        )
+
+    def file(self, folder: Folder, path: str) -> None:
+        """Log a file of the run's folder as an artifact of the same relative path."""
+        parent = str(Path(path).parent)
+        with tempfile.TemporaryDirectory() as scratch:
+            copy = Path(scratch) / Path(path).name
+            copy.write_bytes(folder.read(path))
+            self.client().log_artifact(self.run_id, str(copy), None if parent == "." else parent)
+
+    def finish(self, status: str) -> None:
+        self.client().set_terminated(self.run_id, status)
+
+
+def default_uri(storage: str) -> str:
+    """A SQLite file in the storage folder. Raises ConfigError when that is not on a disk."""
+    local = Folder(storage).local
+    if local is None:
+        raise ConfigError(f"tracking.uri: storage = {storage!r} cannot hold a SQLite file; name a tracking server")
+    return f"sqlite:///{local}/mlflow.db"
+
+
+def start(run: Run, name: str, folder: Folder) -> Tracker:
+    """The MLflow run of a started run: found by its name's tag, or made with the run's fields as parameters."""
+    from mlflow.entities import Param
+
+    uri = run.tracking.uri or default_uri(run.storage)
+    client = _client(uri)
+    experiment = client.get_experiment_by_name(run.tracking.experiment)
+    if experiment is None:
+        # Beside the SQLite file; a server has a place of its own.
+        place = None if run.tracking.uri else (Folder(run.storage) / "mlartifacts" / run.tracking.experiment).uri
+        experiment_id = client.create_experiment(run.tracking.experiment, artifact_location=place)
+    else:
+        experiment_id = experiment.experiment_id
+    found = client.search_runs([experiment_id], f"tags.`{NAME_TAG}` = '{name}'", max_results=1)
+    if found:
+        run_id = found[0].info.run_id
+        client.update_run(run_id, status="RUNNING")
+    else:
+        run_id = client.create_run(experiment_id, tags={NAME_TAG: name}, run_name=name).info.run_id
+        params = [Param(path, parameter(value)) for path, value in flat(run).items()]
+        for i in range(0, len(params), _AT_ONCE):
+            client.log_batch(run_id, params=params[i : i + _AT_ONCE])
+    tracker = Tracker(uri, run_id)
+    tracker.file(folder, "run.json")
+    return tracker
+
+
+def parameter(value: Any) -> str:
+    """A field's value as MLflow shows it."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+
+
+class Board:
+    """The actor: takes rows and files from rank 0, hands rows to the driver's progress line and a stop to the workers."""
+
+    def __init__(self, tracker: Tracker, folder: str) -> None:
+        self.tracker, self.folder = tracker, Folder(folder)
+        self.stopping = False
+        self.news: list[Row | str] = []
+        self.seen: set[int] = set()
+        self.logged: set[int] | None = None  # unknown until MLflow has answered
+        self.pending: list[Row | str] = []
+        self.lock = threading.Lock()
+
+    def add(self, rows: list[Row], files: list[str]) -> None:
+        """Rows of metrics, and paths in the run's folder to log as artifacts. A step that came before is left out."""
+        for row in rows:
+            if int(row["step"]) not in self.seen:
+                self.seen.add(int(row["step"]))
+                self.news.append(row)
+        self.pending += [*rows, *files]
+        self.flush()
+
+    def tell(self, text: str) -> None:
+        """A line for the driver to print."""
+        self.news.append(text)
+
+    def since(self, place: int) -> list[Row | str]:
+        return self.news[place:]
+
+    def stop(self) -> None:
+        self.stopping = True
+
+    def must_stop(self) -> bool:
+        return self.stopping
+
+    def flush(self) -> str | None:
+        """Log what is pending; what fails stays, for the next time. Returns why something is left."""
+        with self.lock:
+            try:
+                if self.logged is None:
+                    self.logged = self.tracker.steps()
+                while self.pending:
+                    self._log(self.pending[0], self.logged)
+                    self.pending.pop(0)
+            except Exception as error:
+                logging.getLogger(__name__).warning("MLflow at %s: %s", self.tracker.uri, error)
+                return f"{len(self.pending)} entries could not be logged to MLflow at {self.tracker.uri}: {error}"
+        return None
+
+    def _log(self, item: Row | str, logged: set[int]) -> None:
+        if isinstance(item, str):
+            self.tracker.file(self.folder, item)
+        elif int(item["step"]) not in logged:
+            self.tracker.log(item)
+            logged.add(int(item["step"]))
+
+
+def _client(uri: str) -> Any:
+    for noisy in ("alembic", "mlflow"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(uri)
