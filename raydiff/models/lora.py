@@ -87,7 +87,7 @@ def attach(pipe: Any, denoiser: nn.Module, adapters: Sequence[tuple[str | Path, 
         pipe.set_adapters(names, [weight for _, weight, _ in used])
 
 
-def load(denoiser: nn.Module, adapter: str | Path) -> None:
+def load(denoiser: Any, adapter: str | Path) -> None:
     """Put an exported adapter's weights into the adapter that `add` made: evaluate a trained one, or go on from it.
 
     Raises ValueError when its rank, targets or scale are not those of this adapter.
@@ -102,7 +102,7 @@ def load(denoiser: nn.Module, adapter: str | Path) -> None:
             for key in tensors.keys()  # noqa: SIM118 -- safe_open is not a mapping
         }
         config = json.loads((tensors.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    mine = denoiser.peft_config[ADAPTER]  # type: ignore[index, union-attr]
+    mine = denoiser.peft_config[ADAPTER]
     alpha = config.get("unet.lora_alpha", mine.lora_alpha)
     if {n: t.shape for n, t in given.items()} != {n: p.shape for n, p in own.items()} or alpha != mine.lora_alpha:
         raise ValueError(

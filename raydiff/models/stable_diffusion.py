@@ -6,9 +6,11 @@ Legend: B images, C h w latent, H W pixels.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -67,6 +69,26 @@ class Plugin(ModelConfig):
             trained = dict(pipe.unet.requires_grad_(True).named_parameters())
         frozen = copy.deepcopy(pipe.unet).requires_grad_(False) if reference and self.train == "full" else None
         return StableDiffusion(pipe, trained, frozen)
+
+    def skeleton(self, folder: Path, reference: bool = False) -> Skeleton:
+        """The model on the meta device, from the config files of a pipeline folder: shapes without weights."""
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        dtype = getattr(torch, self.dtype)
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
+            text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+        config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        pipe = SimpleNamespace(unet=unet, vae=vae, text_encoder=text_encoder, scheduler=SimpleNamespace(config=config))
+        for part in (unet, vae, text_encoder):
+            nn.Module.to(part, dtype)  # diffusers' own `to` warns of parts that it keeps in fp32, even where there are none
+            part.requires_grad_(False).eval()
+        if self.train == "lora":
+            return Skeleton(pipe, lora.add(unet, self.lora, 0))
+        frozen = copy.deepcopy(unet) if reference else None
+        return Skeleton(pipe, dict(unet.requires_grad_(True).named_parameters()), frozen)
 
 
 def load_pipeline(config: Plugin, device: torch.device | str = "cpu") -> Any:
@@ -162,6 +184,20 @@ class StableDiffusion:
         else:
             tuned = type(self.pipe.unet).from_pretrained(folder, subfolder="unet", use_safetensors=True)
             self.denoiser.load_state_dict(tuned.state_dict())
+
+
+class Skeleton(StableDiffusion):
+    """The same model without weights or tokenizer: everything has a shape, and nothing a value."""
+
+    def embed(self, prompts: Sequence[str], guidance: float) -> Tensor:
+        length = self.pipe.text_encoder.config.max_position_embeddings
+        rows = len(prompts) if guidance == 1 else 2 * len(prompts)
+        return torch.empty(rows, length, self.pipe.unet.config.cross_attention_dim, device="meta", dtype=self.dtype)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Everything that lies in memory, adapter and frozen copy included."""
+        frozen = {} if self._frozen is None else {"reference unet": self._frozen}
+        return {"unet": self.pipe.unet, "vae": self.pipe.vae, "text_encoder": self.pipe.text_encoder, **frozen}
 
 
 class _UnitClamp(torch.autograd.Function):
