@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPTS, plugin_of
+from tests.rewards.conftest import PROMPTS, plugin_of
 from torch import Tensor, nn
 
 Picture = Callable[..., Tensor]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LABELS, PROMPTS, plugin_of
+from tests.rewards.conftest import LABELS, PROMPTS, plugin_of
 from PIL import Image
 from torch import Tensor
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PIXELS, PROMPTS, plugin_of
+from tests.rewards.conftest import PIXELS, PROMPTS, plugin_of
 from PIL import Image
 from torch import Tensor
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import plugin_of
+from tests.rewards.conftest import plugin_of
 from pydantic import ValidationError
 from torch import Tensor
 

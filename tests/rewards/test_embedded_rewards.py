@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import plugin_of
+from tests.rewards.conftest import plugin_of
 from torch import Tensor
 
 from raydiff import assets

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROMPTS, plugin_of
+from tests.rewards.conftest import PROMPTS, plugin_of
 from torch import Tensor, nn
 
 from raydiff.core.reward_vjp import score_and_grad, weighted_sum, with_remote_gradient

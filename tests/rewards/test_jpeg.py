@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from conftest import plugin_of
+from tests.rewards.conftest import plugin_of
 from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
