@@ -1,0 +1,186 @@
+"""The command line: fast help, plain messages with exit code 2, and whole commands on a tiny model."""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from raydiff import cli
+from raydiff.config import Run
+from tests.tiny import make_adapter, make_pipeline
+
+Call = Callable[..., tuple[int, str, str]]
+TINY = ("--steps", "2", "--guidance", "2", "--device", "cpu")
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """call("train", recipe, ...) -> (exit code, stdout, stderr) of the entry point."""
+    monkeypatch.delenv("RAYDIFF_DEBUG", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = 0
+        try:
+            cli.main([str(a) for a in arguments])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def recipe(tiny_run: Callable[..., Run], tmp_path: Path) -> Path:
+    """run.json of a tiny run that takes one update."""
+    path = tmp_path / "tiny.json"
+    changes = {"storage": str(tmp_path / "runs"), "train.updates": 1, "batch.size": 2, "evaluate.images": 2, "evaluate.grid": 2}
+    path.write_text(tiny_run("draft_k", changes).model_dump_json())
+    return path
+
+
+def test_help_takes_under_a_second_and_imports_nothing_heavy() -> None:
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-m", "raydiff.cli", "--help"], capture_output=True, text=True, check=True)
+        assert all(command in done.stdout for command in ("train", "generate", "plan"))
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime  # what a busy machine does not change
+
+    assert statistics.median(seconds() for _ in range(3)) < 1
+    heavy = "torch", "ray", "diffusers", "transformers", "mlflow", "pyarrow"
+    code = f"import sys, raydiff.cli; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "{tiny}.jsn"], "does not exist"),
+        (["train", "{tiny}", "methd.k=2"], "unknown key 'methd'; did you mean 'method'?"),
+        (["train", "{tiny}", "method.k"], "override 'method.k' is not path=value"),
+        (["plan", "{tiny}", "method.k=9"], "method.k = 9 is more than sampler.steps = 4"),
+        (["train", "{tiny}", "batch.size=3"], "set batch.size to 2 or 4"),
+        (["train", "{tiny}", "--local", "--resume", "a"], "--resume needs checkpoints"),
+        (["train", "{tiny}", "--local", "model.path=/nowhere"], "model.path = '/nowhere' is neither a folder"),
+        (["train", "{tiny}", "--local", "storage=s3://bucket/x"], "--local writes to a folder of this machine"),
+        (["generate"], "no prompt given"),
+        (["generate", "--prompts-file", "/nowhere.txt"], "--prompts-file = '/nowhere.txt' is not a file"),
+        (["generate", "a", "--seeds", "1,x"], "'x' is not a number or a rising range"),
+        (["generate", "a", "--to", "{tiny}/pictures"], "cannot write to"),
+        (["generate", "a", "--to", "{folder}", "--adapter", "a:half"], "weight 'half' is not a number"),
+        (["generate", "a", "--to", "{folder}", "--adapter", "{folder}"], "there is no pytorch_lora_weights.safetensors"),
+        (["generate", "a", "--to", "{folder}", "--model", "/nowhere"], "model.path = '/nowhere' is neither a folder"),
+        (["generate", "a", "--to", "{folder}", "--steps", "0"], "steps: Input should be greater than or equal to 1 (got 0)"),
+        (["generate", "a", "--to", "{folder}", "--spacing", "even"], "spacing: "),
+        (["generate", "a", "--to", "{folder}", "--dtype", "int8"], "dtype: "),
+    ],
+)
+def test_a_users_fault_is_one_plain_message(
+    call: Call, recipe: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    filled = [a.format(tiny=recipe, folder=tmp_path / "out") for a in arguments]
+    code, _, err = call(*filled)
+    assert code == 2
+    assert err.startswith("raydiff: ")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_debug_shows_where_it_came_from(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYDIFF_DEBUG", "1")
+    with pytest.raises(ValueError, match="no prompt given"):
+        cli.main(["generate"])
+
+
+def test_a_message_that_is_not_ours_says_how_to_see_more(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_numbers", lambda text: int("far inside"))
+    code, _, err = call("generate", "a", "--seeds", "1")
+    assert code == 2
+    assert "invalid literal for int()" in err  # raised by a function of this test, outside the package
+    assert "RAYDIFF_DEBUG=1" in err
+
+
+def test_a_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_numbers", lambda text: {}["gone"])
+    with pytest.raises(KeyError):
+        cli.main(["generate", "a", "--seeds", "1"])
+
+
+def test_ctrl_c_is_130(call: Call, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import raydiff.local
+
+    def stopped(*_: Any, **__: Any) -> Any:
+        yield {"step": 0, "held_out/total": 0.0}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(raydiff.local, "fit", stopped)
+    assert call("train", recipe, "--local")[0] == 130
+
+
+def test_unknown_commands_and_options_are_2(call: Call) -> None:
+    assert call("trian")[0] == 2
+    assert call("train")[0] == 2
+    assert call("generate", "a", "--nonsense")[0] == 2
+
+
+def test_train_here_then_generate_with_what_it_made(call: Call, recipe: Path, tmp_path: Path) -> None:
+    code, out, err = call("train", recipe, "optimizer.lr=0.5", "--local")
+    assert code == 0, err
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("tiny-")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1]
+    assert f"{lines[0]['held_out/total']:.4f} -> {lines[1]['held_out/total']:.4f}" in out
+    assert json.loads((folder / "run.json").read_text())["optimizer"]["lr"] == 0.5
+    grid = Image.open(folder / "before_after.png")
+    assert grid.height > 2 * 128  # a row before, a row after
+
+    code, out, err = call(
+        "generate", "a cat", "--recipe", folder / "run.json", "--adapter", f"{folder / 'adapter'}:0.5", "--to", tmp_path / "out",
+        "--lora-scale", "2", "--seeds", "3,5-6", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0, err
+    index = json.loads((tmp_path / "out" / "images.json").read_text())
+    assert [i["seed"] for i in index["images"]] == [3, 5, 6]
+    assert index["adapters"][0]["weight"] == 1.0
+    assert index["sampler"]["steps"] == 4
+    assert "grid.png" in out
+
+
+def test_generate_from_a_file_of_prompts(call: Call, tiny_pipeline: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\n\na dog\n")
+    code, _, err = call(
+        "generate", "a bee", "--prompts-file", tmp_path / "prompts.txt", "--model", tiny_pipeline, "--to", tmp_path / "out",
+        "--n", "2", "--seed", "9", "--spacing", "none", "--final-alpha", "none", *TINY,
+    )  # fmt: skip
+    assert code == 0, err
+    index = json.loads((tmp_path / "out" / "images.json").read_text())
+    assert [(i["prompt"], i["seed"]) for i in index["images"]] == [(p, s) for p in ("a bee", "a cat", "a dog") for s in (9, 10)]
+    assert index["sampler"]["spacing"] is None
+    assert sorted(p.name for p in (tmp_path / "out").glob("0*.png")) == sorted(i["file"] for i in index["images"])
+
+
+def test_an_adapter_of_another_base_is_refused(call: Call, tiny_pipeline: Path, tmp_path: Path) -> None:
+    wider = make_pipeline(tmp_path / "wider", width=20)
+    adapter = make_adapter(tiny_pipeline, tmp_path / "adapter")
+    code, _, err = call("generate", "a", "--model", wider, "--adapter", adapter, "--to", tmp_path / "out", *TINY)
+    assert code == 2
+    assert "is for another base model: down_blocks.1.attentions.0" in err
+
+
+def test_plan_prints_and_refuses(call: Call, recipe: Path) -> None:
+    code, out, err = call("plan", recipe)
+    assert code == 0, err
+    assert "2 prompts an update = 2 a micro-batch × 1 accumulated × 1 worker" in out
+    assert "memory of a worker" in out
+    code, out, _ = call("plan", recipe, "train.cpus_per_worker=5000")
+    assert code == 2
+    assert "set train.cpus_per_worker to" in out

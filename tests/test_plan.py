@@ -1,0 +1,159 @@
+"""plan: its counts and bytes are those of a real run, and what cannot work is refused with the number to change."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from raydiff import plan as planning
+from raydiff.config import ConfigError, Run, geometry
+from raydiff.local import fit
+from raydiff.plan import GIB, Machine, Memory, plan
+from raydiff.session import Session
+
+Make = Callable[..., Run]
+LAPTOP = Machine("this machine", cpus=8, memory=16 * GIB)
+GPUS = Machine("the cluster", cpus=64, gpus=4, gpu_memory=16 * GIB)
+METHODS: list[tuple[str, dict[str, Any]]] = [
+    ("draft", {}),
+    ("draft_k", {"method.k": 2, "sampler.guidance": 1.0}),
+    ("draft_k", {"method.kl": 0.1, "train.gradient_checkpointing": False}),
+    ("draft_lv", {"method.n": 3}),
+]
+
+
+@pytest.mark.parametrize(("method", "changes"), METHODS)
+def test_counts_are_those_of_a_real_run(tiny_run: Make, method: str, changes: dict[str, Any]) -> None:
+    run = tiny_run(method, {"train.updates": 2, "evaluate.images": 2, **changes})
+    *_, last = fit(run)
+    planned = plan(run, LAPTOP)
+    assert {name: n * 2 for name, n in vars(planned.update).items()} == {name: last[name] for name in vars(planned.update)}
+    assert planned.evaluations == 2  # before, and after update 2
+    assert planned.total.images == 2 * 4 + 2 * 2
+
+
+def test_a_drawn_point_is_averaged(tiny_run: Make) -> None:
+    """ReFL at S = 4, guidance 2: i is 2 or 3, so 2-3 steps before it, one with gradient and its recomputation."""
+    update = plan(tiny_run("refl", {"method.last_steps": 2, "train.updates": 16}), LAPTOP).update
+    assert 4 * 2 * 4 <= update.unet_forward <= 4 * 2 * 5
+    assert (update.images, update.unet_backward) == (4, 8)
+
+
+@pytest.mark.parametrize("changes", [{}, {"model.train": "full"}, {"model.lora.rank": 5, "model.lora.targets": ["to_q"]}])
+def test_trained_parameters_are_those_of_the_built_model(tiny_run: Make, changes: dict[str, Any]) -> None:
+    run = tiny_run("draft_k", changes)
+    built = run.model.build()
+    parts = plan(run, LAPTOP).parameters
+    assert parts["trained"] == sum(p.numel() for p in built.trained().values())
+    everything = sum(p.numel() for m in (built.pipe.unet, built.pipe.vae, built.pipe.text_encoder) for p in m.parameters())
+    assert sum(parts.values()) == everything
+
+
+@pytest.mark.parametrize(("method", "changes"), METHODS)
+def test_peak_is_that_of_a_real_micro_batch(tiny_run: Make, method: str, changes: dict[str, Any]) -> None:
+    """The same count of live bytes over a real update: real kernels, walk and reward included."""
+    run = tiny_run(method, {"batch.size": 2, **changes})
+    estimate = plan(run, LAPTOP).memory
+    session = Session(run)
+    for p in session.model.trained().values():
+        p.grad = torch.zeros_like(p)
+    known = [
+        t for m in vars(session.model.pipe).values() if isinstance(m, torch.nn.Module) for t in [*m.parameters(), *m.buffers()]
+    ]
+    with planning._Live([*known, *(p.grad for p in session.model.trained().values())]) as live:
+        session.update(planning._Backward(), 0)
+    assert estimate is not None
+    assert estimate.update == pytest.approx(live.peak, rel=0.1)
+
+
+def test_many_steps_with_gradient_are_extrapolated_well(tiny_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny_run("draft", {"sampler.steps": 12, "train.gradient_checkpointing": False})
+    extrapolated = plan(run, LAPTOP).memory
+    monkeypatch.setattr(planning, "_POINTS", 12)
+    traced = plan(run, LAPTOP).memory
+    assert extrapolated is not None
+    assert traced is not None
+    assert extrapolated.update == pytest.approx(traced.update, rel=0.02)
+
+
+def test_states_follow_the_zero_stage_and_dtype(tiny_run: Make) -> None:
+    def memory(**changes: Any) -> Memory:
+        run = tiny_run(
+            "draft_k", {"train.workers": 2, "batch.micro": 2, **{k.replace("_", ".", 1): v for k, v in changes.items()}}
+        )
+        found = plan(run, LAPTOP).memory
+        assert found is not None
+        return found
+
+    zero = [memory(train_zero_stage=stage) for stage in range(4)]
+    p = zero[0].trained
+    assert [m.trained for m in zero] == [p, p, p, p / 2]
+    assert [m.gradients for m in zero] == [p, p, p / 2, p / 2]
+    assert [m.optimizer for m in zero] == [2 * p, 1.5 * p, 1.5 * p, 1.5 * p]  # Adam's two states, and ZeRO's flat fp32 copy
+    half = memory(model_dtype="bfloat16", optimizer_ema=0.9)
+    assert half.frozen == pytest.approx(zero[0].frozen / 2, rel=0.01)
+    assert (half.trained, half.ema) == (p, p)
+    assert half.update < 0.7 * zero[0].update
+
+
+def test_what_cannot_be_known_is_said(tiny_run: Make) -> None:
+    planned = plan(tiny_run("draft_k", {"model.path": "someone/not-here"}), LAPTOP)
+    assert planned.memory is None
+    assert not planned.problems
+    assert "'someone/not-here' is neither a folder nor in the Hugging Face cache" in planned.notes[0]
+    assert planned.update.images == 4  # what needs no weights is known all the same
+
+
+def test_all_missing_files_are_listed(tiny_run: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    changes = {
+        "model.path": str(tmp_path / "nowhere"),
+        "prompts.train": str(tmp_path / "p.txt"),
+        "storage": str(tmp_path / "file" / "runs"),
+    }
+    problems = "\n".join(plan(tiny_run("draft_k", changes), LAPTOP).problems)
+    assert "model.path = " in problems
+    assert "prompts.train = " in problems
+    assert "cannot write there" in problems
+
+
+def test_too_few_cpus_and_gpus_name_the_number(tiny_run: Make) -> None:
+    run = tiny_run("draft_k", {"train.workers": 4, "batch.micro": 1, "train.cpus_per_worker": 3, "train.use_gpu": True})
+    cpus, gpus = plan(run, LAPTOP).problems
+    assert "12 CPUs, and this machine has 8: set train.workers to 2" in cpus
+    assert "set train.use_gpu to false" in gpus
+    assert not plan(run, GPUS).problems
+    assert plan(run, GPUS).gpus == 4
+
+
+def test_too_little_memory_names_a_batch_that_fits(tiny_run: Make) -> None:
+    run = tiny_run("draft_k", {"batch.size": 12, "batch.micro": 12, "evaluate.batch": 4})
+    memory = plan(run, LAPTOP).memory
+    assert memory is not None
+    room = memory.states + memory.update // 2
+    (problem,) = plan(run, Machine("this machine", cpus=8, memory=room)).problems
+    assert problem.startswith("batch.micro = 12 needs about")
+    assert problem.endswith("set batch.micro to 6")
+    tight = plan(run, Machine("this machine", cpus=8, memory=memory.states)).problems[0]
+    assert 'model.dtype to "bfloat16"' in tight
+
+
+def test_impossible_runs_are_refused_while_parsed(tiny_run: Make) -> None:
+    with pytest.raises(ConfigError, match=r"method\.k = 9 is more than sampler\.steps = 4"):
+        tiny_run("draft_k", {"method.k": 9})
+    with pytest.raises(ConfigError, match="set batch.size to 4 or 6"):
+        tiny_run("draft_k", {"batch.size": 5})
+
+
+def test_rendering_shows_figures_and_problems(tiny_run: Make) -> None:
+    run = tiny_run("draft_k", {"train.workers": 2})
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(planning.render(plan(run, Machine("this machine", cpus=1, memory=GIB))))
+    text = console.export_text()
+    assert str(geometry(run)) in text
+    assert "denoiser forward" in text
+    assert "cannot work: train.workers = 2" in text
