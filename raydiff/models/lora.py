@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,9 +81,11 @@ def attach(pipe: Any, denoiser: nn.Module, adapters: Sequence[tuple[str | Path, 
         check_fits(denoiser, folder)
     used = sorted((digest(folder), weight, str(folder)) for folder, weight in adapters if weight != 0)
     names = [f"{ADAPTER}_{i}" for i in range(len(used))]
-    for name, (_, _, folder) in zip(names, used, strict=True):
-        file = weights_file(folder)
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
+        for name, (_, _, folder) in zip(names, used, strict=True):
+            file = weights_file(folder)
+            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
     if used:
         pipe.set_adapters(names, [weight for _, weight, _ in used])
 

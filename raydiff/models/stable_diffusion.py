@@ -174,8 +174,13 @@ class StableDiffusion:
         if hasattr(self.denoiser, "peft_config"):
             lora.save(self.denoiser, Path(folder), state, type(self.pipe))
         else:
+            from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+            from safetensors.torch import save_file
+
+            # `save_pretrained` would write the module's own weights, which are not `state` under ZeRO-3 or a moving average.
+            self.denoiser.save_config(Path(folder) / "unet")
             plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-            self.denoiser.save_pretrained(Path(folder) / "unet", state_dict=plain)
+            save_file(plain, Path(folder) / "unet" / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
     def load(self, folder: str | Path) -> None:
         """Take up the trained weights that `export` wrote to a folder."""
