@@ -8,7 +8,7 @@ import secrets
 import shlex
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,18 +55,19 @@ def train(run: Run, *, resume: str | Path | None = None) -> Result:
     """
     preflight(run)
     folder = _resumed(run, resume) if resume is not None else _fresh(run)
-    run_json = run.model_dump_json(indent=1)
-    use_gpu = connect(run)
-    folder.write(RUN, run_json.encode())
     with Progress(run.train.updates) as progress:
         progress.say(f"{folder.name}: {geometry(run)}, {run.train.updates} updates, ZeRO-{run.train.zero_stage}")
-        progress.waiting("starting MLflow")
-        tracker = tracking.start(run, folder.name, folder)
+        progress.waiting("starting Ray and MLflow")
+        with ThreadPoolExecutor(1) as thread:
+            experiment = thread.submit(tracking.prepare, run)
+            use_gpu = connect(run)
+        folder.write(RUN, run.model_dump_json(indent=1).encode())
+        tracker = tracking.start(run, experiment.result(), folder.name, folder)
         progress.waiting("starting workers")
         board = _board(tracker, folder)
         status = "FAILED"
         try:
-            outcome = _follow(_fit(run, run_json, folder, board, use_gpu), board, progress)
+            outcome = _follow(_fit(run, folder, board, use_gpu), board, progress)
             status = "FINISHED" if "finished" in outcome else "KILLED" if "stopped" in outcome else "FAILED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -76,7 +77,7 @@ def train(run: Run, *, resume: str | Path | None = None) -> Result:
     if "refused" in outcome:
         raise Refused(*outcome["refused"]).error()
     if "stopped" in outcome:
-        print(f"stopped after update {outcome['stopped']}; its checkpoint is in {folder}; continue with resume={folder.name!r}")
+        print(f"stopped after update {outcome['stopped']} of {run.train.updates}; resume {folder.name} to go on from there")
         raise KeyboardInterrupt
     return _finished(run, folder, tracker, outcome["finished"])
 
@@ -101,8 +102,7 @@ def preflight(run: Run) -> None:
     except (StorageError, ValueError) as error:
         faults.append(f"storage = {run.storage!r}: {error}")
     else:
-        if run.tracking.uri is None:
-            tracking.default_uri(run.storage)
+        tracking.uri(run)
     if faults:
         raise ConfigError("\n".join(faults))
 
@@ -171,11 +171,11 @@ def _board(tracker: Tracker, folder: Folder) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=8, scheduling_strategy=here)(Board)
+    actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Board)
     return actor.remote(tracker, folder.uri)
 
 
-def _fit(run: Run, run_json: str, folder: Folder, board: Any, use_gpu: bool) -> Future[dict[str, Any]]:
+def _fit(run: Run, folder: Folder, board: Any, use_gpu: bool) -> Future[dict[str, Any]]:
     """Start the workers in a thread: in the main one Ray would answer Ctrl-C by killing them."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -183,7 +183,7 @@ def _fit(run: Run, run_json: str, folder: Folder, board: Any, use_gpu: bool) -> 
     resources: dict[str, float] = {"CPU": run.train.cpus_per_worker, **({"GPU": 1} if use_gpu else {})}
     trainer = TorchTrainer(
         learn.work,
-        train_loop_config={"run": run_json, "folder": folder.uri, "board": board},
+        train_loop_config={"run": run.model_dump_json(), "folder": folder.uri, "board": board},
         # gloo's own timeout leaves the other workers waiting for half an hour
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=300),
         scaling_config=ScalingConfig(num_workers=run.train.workers, use_gpu=use_gpu, resources_per_worker=resources),

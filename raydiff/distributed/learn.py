@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ class Worker:
                 average.copy_(saved["ema"][name])
         if self.ranks.rank == 0:
             self.session.policy.calls = found.calls
-            self.board.add.remote(found.history, [])
+            self.add(found.history, [])
             self.board.tell.remote(f"continuing after update {found.next_step}")
         self.history, self.next_step, self.seconds_before = found.history, found.next_step, found.seconds
 
@@ -139,11 +139,11 @@ class Worker:
                     self.session.model.export(scratch, weights)
                     self.folder.upload(Path(scratch), ADAPTER)
                     files = [f"{ADAPTER}/{f.relative_to(scratch).as_posix()}" for f in Path(scratch).rglob("*") if f.is_file()]
-                self.board.add.remote([], files)
                 before = self.before()[: self.run.evaluate.grid]
                 if before:
                     self.show(GRID, pictures.before_after(before, after[: len(before)]))
                 self.folder.write_json(FINISHED, {"updates": updates, **self.result()})
+                self.add([], files)
         return self.result()
 
     def result(self) -> dict[str, Any]:
@@ -182,13 +182,13 @@ class Worker:
 
         self.history.append(row)
         if self.ranks.rank == 0:
-            self.board.add.remote([row], [])
+            self.add([row], [])
         ray.train.report(row)
 
     def show(self, path: str, picture: Any) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             self.folder.write(path, pictures.save(picture, Path(scratch) / "grid.png").read_bytes())
-        self.board.add.remote([], [path])
+        self.add([], [path])
 
     def keep_before(self, shown: list[Picture]) -> None:
         about = [{**vars(p), "image": None} for p in shown]
@@ -217,10 +217,19 @@ class Worker:
     def cost(self) -> dict[str, float]:
         return {"seconds": self.seconds, **vars(self.calls())}
 
+    def add(self, rows: list[dict[str, float]], files: list[str]) -> None:
+        """To the board, which answers at once; waiting for it keeps what comes from a dying worker in order."""
+        import ray
+
+        with suppress(ray.exceptions.RayActorError):  # the history in the next checkpoint has the rows
+            ray.get(self.board.add.remote(rows, files))
+
     def must_stop(self) -> bool:
         import ray
 
         try:
             return bool(ray.get(self.board.must_stop.remote()))
+        except ray.exceptions.ActorDiedError:
+            return True  # the driver has given up on this run
         except ray.exceptions.RayActorError:
             return False  # it is being restarted

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
 import tempfile
 import threading
 import time
@@ -59,27 +60,32 @@ class Tracker:
         self.client().set_terminated(self.run_id, status)
 
 
-def default_uri(storage: str) -> str:
-    """A SQLite file in the storage folder. Raises ConfigError when that is not on a disk."""
-    local = Folder(storage).local
+def uri(run: Run) -> str:
+    """The tracking server, or a SQLite file in the storage folder. Raises ConfigError when that is not on a disk."""
+    if run.tracking.uri is not None:
+        return run.tracking.uri
+    local = Folder(run.storage).local
     if local is None:
-        raise ConfigError(f"tracking.uri: storage = {storage!r} cannot hold a SQLite file; name a tracking server")
+        raise ConfigError(f"tracking.uri: storage = {run.storage!r} cannot hold a SQLite file; name a tracking server")
     return f"sqlite:///{local}/mlflow.db"
 
 
-def start(run: Run, name: str, folder: Folder) -> Tracker:
+def prepare(run: Run) -> str:
+    """Open the tracking store, the first time for seconds as SQLite's tables are made. Returns the experiment's id."""
+    client = _client(uri(run))
+    experiment = client.get_experiment_by_name(run.tracking.experiment)
+    if experiment is not None:
+        return str(experiment.experiment_id)
+    # Artifacts beside the SQLite file; a server has a place of its own.
+    place = None if run.tracking.uri else (Folder(run.storage) / "mlartifacts" / run.tracking.experiment).uri
+    return str(client.create_experiment(run.tracking.experiment, artifact_location=place))
+
+
+def start(run: Run, experiment_id: str, name: str, folder: Folder) -> Tracker:
     """The MLflow run of a started run: found by its name's tag, or made with the run's fields as parameters."""
     from mlflow.entities import Param
 
-    uri = run.tracking.uri or default_uri(run.storage)
-    client = _client(uri)
-    experiment = client.get_experiment_by_name(run.tracking.experiment)
-    if experiment is None:
-        # Beside the SQLite file; a server has a place of its own.
-        place = None if run.tracking.uri else (Folder(run.storage) / "mlartifacts" / run.tracking.experiment).uri
-        experiment_id = client.create_experiment(run.tracking.experiment, artifact_location=place)
-    else:
-        experiment_id = experiment.experiment_id
+    client = _client(uri(run))
     found = client.search_runs([experiment_id], f"tags.`{NAME_TAG}` = '{name}'", max_results=1)
     if found:
         run_id = found[0].info.run_id
@@ -89,7 +95,7 @@ def start(run: Run, name: str, folder: Folder) -> Tracker:
         params = [Param(path, parameter(value)) for path, value in flat(run).items()]
         for i in range(0, len(params), _AT_ONCE):
             client.log_batch(run_id, params=params[i : i + _AT_ONCE])
-    tracker = Tracker(uri, run_id)
+    tracker = Tracker(uri(run), run_id)
     tracker.file(folder, "run.json")
     return tracker
 
@@ -101,25 +107,26 @@ def parameter(value: Any) -> str:
 
 
 class Board:
-    """The actor: takes rows and files from rank 0, hands rows to the driver's progress line and a stop to the workers."""
+    """The actor: takes rows and files from rank 0, hands rows to the driver's progress line and a stop to the workers.
+
+    Its methods return at once; MLflow is a thread's business.
+    """
 
     def __init__(self, tracker: Tracker, folder: str) -> None:
-        self.tracker, self.folder = tracker, Folder(folder)
         self.stopping = False
         self.news: list[Row | str] = []
-        self.seen: set[int] = set()
-        self.logged: set[int] | None = None  # unknown until MLflow has answered
-        self.pending: list[Row | str] = []
-        self.lock = threading.Lock()
+        self.steps: set[int] = set()
+        self.log = _Log(tracker, Folder(folder))
 
     def add(self, rows: list[Row], files: list[str]) -> None:
         """Rows of metrics, and paths in the run's folder to log as artifacts. A step that came before is left out."""
         for row in rows:
-            if int(row["step"]) not in self.seen:
-                self.seen.add(int(row["step"]))
+            if int(row["step"]) not in self.steps:
+                self.steps.add(int(row["step"]))
                 self.news.append(row)
-        self.pending += [*rows, *files]
-        self.flush()
+                self.log.queue.put(row)
+        for path in files:
+            self.log.queue.put(path)
 
     def tell(self, text: str) -> None:
         """A line for the driver to print."""
@@ -135,25 +142,46 @@ class Board:
         return self.stopping
 
     def flush(self) -> str | None:
-        """Log what is pending; what fails stays, for the next time. Returns why something is left."""
-        with self.lock:
-            try:
-                if self.logged is None:
-                    self.logged = self.tracker.steps()
-                while self.pending:
-                    self._log(self.pending[0], self.logged)
-                    self.pending.pop(0)
-            except Exception as error:
-                logging.getLogger(__name__).warning("MLflow at %s: %s", self.tracker.uri, error)
-                return f"{len(self.pending)} entries could not be logged to MLflow at {self.tracker.uri}: {error}"
-        return None
+        """Log the rest and end. Returns what could not be logged and why, None when all was."""
+        self.log.queue.put(None)
+        self.log.thread.join()
+        return self.log.fault
 
-    def _log(self, item: Row | str, logged: set[int]) -> None:
-        if isinstance(item, str):
-            self.tracker.file(self.folder, item)
-        elif int(item["step"]) not in logged:
-            self.tracker.log(item)
-            logged.add(int(item["step"]))
+
+class _Log:
+    """A thread that logs what is queued, in order. What fails stays, for the next time."""
+
+    def __init__(self, tracker: Tracker, folder: Folder) -> None:
+        self.tracker, self.folder = tracker, folder
+        self.queue: queue.SimpleQueue[Row | str | None] = queue.SimpleQueue()
+        self.pending: list[Row | str] = []
+        self.logged: set[int] | None = None  # steps; unknown until MLflow has answered
+        self.fault: str | None = None
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self) -> None:
+        while (item := self.queue.get()) is not None:
+            self.pending.append(item)
+            self.attempt()
+        self.attempt()
+
+    def attempt(self) -> None:
+        try:
+            if self.logged is None:
+                self.logged = self.tracker.steps()
+            while self.pending:
+                item = self.pending[0]
+                if isinstance(item, str):
+                    self.tracker.file(self.folder, item)
+                elif int(item["step"]) not in self.logged:
+                    self.tracker.log(item)
+                    self.logged.add(int(item["step"]))
+                self.pending.pop(0)
+            self.fault = None
+        except Exception as error:
+            self.fault = f"{len(self.pending)} entries could not be logged to MLflow at {self.tracker.uri}: {error}"
+            logging.getLogger(__name__).warning(self.fault)
 
 
 def _client(uri: str) -> Any:

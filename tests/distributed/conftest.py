@@ -1,0 +1,62 @@
+"""One local Ray cluster for all tests here, and one uninterrupted run that others are compared with."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raydiff.config import Run, override
+from raydiff.distributed.launch import Result, train
+
+UPDATES = 4
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    """Address of a cluster of 4 declared CPUs."""
+    ray = pytest.importorskip("ray")
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ray_run(tiny_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """ray_run({"reward.pause": 1}): two workers at ZeRO-2, DRaFT-LV, a moving average, a checkpoint at every update."""
+    storage = tmp_path_factory.mktemp("storage")
+
+    def make(changes: dict[str, Any] | None = None) -> Run:
+        base = tiny_run(
+            "draft_lv",
+            {
+                "storage": str(storage),
+                "rewards": {"blue": {"kind": "tests.distributed.steered"}},
+                "evaluate.rewards": {"green": {"kind": "colour", "rgb": [0.2, 0.9, 0.2]}},
+                "sampler.steps": 2,
+                "optimizer.ema": 0.6,
+                "train": {"updates": UPDATES, "workers": 2, "zero_stage": 2, "checkpoint_every": 1, "keep_checkpoints": 3},
+            },
+        )
+        return override(base, changes or {})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(cluster: str, ray_run: Callable[..., Run]) -> Result:
+    return train(ray_run())
+
+
+def wait_for(found: Callable[[], Path | None], seconds: float = 120) -> Path:
+    """The path that `found` returns in the end."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if path := found():
+            return path
+        time.sleep(0.05)
+    raise TimeoutError

@@ -1,0 +1,47 @@
+"""A reward like `colour` whose worker a test can slow down, kill, or make return NaN."""
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from raydiff.core.reward_vjp import Reward
+from raydiff.rewards.base import RewardConfig
+
+
+class Plugin(RewardConfig):
+    kind: Literal["tests.distributed.steered"] = "tests.distributed.steered"
+    pause: float = 0.0
+    """Seconds a call takes longer."""
+    die_once: str | None = None
+    """A file that does not exist yet: the worker that makes it is killed, in its `die_at`-th call with a gradient."""
+    die_at: int = 3
+    nan_for: str | None = None
+    """A prompt whose reward is NaN."""
+
+    def build(self, device: torch.device | str = "cpu") -> Reward:
+        calls = 0
+
+        def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
+            nonlocal calls
+            time.sleep(self.pause)
+            calls += images.requires_grad
+            if self.die_once and calls == self.die_at and _first(Path(self.die_once)):
+                os.kill(os.getpid(), signal.SIGKILL)
+            nan = torch.tensor([float("nan") if prompt == self.nan_for else 0.0 for prompt in prompts])
+            return -(images - images.new_tensor((0.1, 0.3, 0.9))[:, None, None]).square().mean((1, 2, 3)) + nan
+
+        return reward
+
+
+def _first(path: Path) -> bool:
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
