@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.rewards.conftest import PROMPTS, plugin_of
 from torch import Tensor, nn
+
+from tests.rewards.conftest import PROMPTS, plugin_of
 
 Picture = Callable[..., Tensor]
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.rewards.conftest import LABELS, PROMPTS, plugin_of
 from PIL import Image
 from torch import Tensor
 
 from raydiff.rewards.classifier import classes_in, classes_named, names_of
+from tests.rewards.conftest import LABELS, PROMPTS, plugin_of
 
 Picture = Callable[..., Tensor]
 NAMES = names_of(dict(enumerate(LABELS)))

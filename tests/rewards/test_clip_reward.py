@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.rewards.conftest import PIXELS, PROMPTS, plugin_of
 from PIL import Image
 from torch import Tensor
+
+from tests.rewards.conftest import PIXELS, PROMPTS, plugin_of
 
 Picture = Callable[..., Tensor]
 

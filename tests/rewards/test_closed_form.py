@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.rewards.conftest import plugin_of
 from pydantic import ValidationError
 from torch import Tensor
 
 from raydiff.rewards.colour import region
+from tests.rewards.conftest import plugin_of
 
 Picture = Callable[..., Tensor]
 

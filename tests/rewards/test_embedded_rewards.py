@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.rewards.conftest import plugin_of
 from torch import Tensor
 
 from raydiff import assets
+from tests.rewards.conftest import plugin_of
 
 NAMES = ["cat", "fox", "zebra", "pizza", "banana", "frog", "tulip", "cactus"]
 COLOURS = ["red", "blue", "green", "yellow", "white", "black", "pink", "orange"]

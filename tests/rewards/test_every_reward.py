@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.rewards.conftest import PROMPTS, plugin_of
 from torch import Tensor, nn
 
 from raydiff.core.reward_vjp import score_and_grad, weighted_sum, with_remote_gradient
+from tests.rewards.conftest import PROMPTS, plugin_of
 
 NAMES = [
     *("jpeg", "jpeg incompressible", "mirror", "mirror top_bottom", "anti_rotation", "border", "centre"),

@@ -6,12 +6,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from tests.rewards.conftest import plugin_of
 from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
 from raydiff.rewards.jpeg import CHROMA, LUMA, codec, dct_basis, soft_round, table
+from tests.rewards.conftest import plugin_of
 
 Picture = Callable[..., Tensor]
 
