@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(args=None if arguments is None else list(arguments), prog_name="raydiff")
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         if os.environ.get("RAYDIFF_DEBUG") == "1" or (isinstance(error, ModuleNotFoundError) and error.name not in _EXTRA):
             raise
         print(f"raydiff: {_message(error)}", file=sys.stderr)

@@ -71,9 +71,9 @@ def test_peak_is_that_of_a_real_micro_batch(tiny_run: Make, method: str, changes
 
 
 def test_many_steps_with_gradient_are_extrapolated_well(tiny_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = tiny_run("draft", {"sampler.steps": 12, "train.gradient_checkpointing": False})
+    run = tiny_run("draft", {"sampler.steps": 8, "train.gradient_checkpointing": False})
     extrapolated = plan(run, LAPTOP).memory
-    monkeypatch.setattr(planning, "_POINTS", 12)
+    monkeypatch.setattr(planning, "_POINTS", 8)
     traced = plan(run, LAPTOP).memory
     assert extrapolated is not None
     assert traced is not None
