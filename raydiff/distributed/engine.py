@@ -132,9 +132,9 @@ class ZeroEngine:
         return self.adam.state[p][kind] if self.stage == 0 else safe_get_full_optimizer_state(p, kind)
 
     def _scatter(self, values: Mapping[str, Tensor]) -> None:
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters(list(self.trained.values()), modifier_rank=0), torch.no_grad():
+        with deepspeed.zero.GatheredParameters(list(self.trained.values()), modifier_rank=0), torch.no_grad():
             if self.session.rank == 0:
                 for name, p in self.trained.items():
                     p.copy_(values[name])

@@ -72,12 +72,15 @@ def train(run: Run, *, resume: str | Path | None = None) -> Result:
         except KeyboardInterrupt:
             status = "KILLED"
             raise
+        except Exception as error:
+            error.add_note(f"Its checkpoints are in {folder}; --resume {folder.name} goes on after the newest.")
+            raise
         finally:
             _close(board, tracker, status, progress)
     if "refused" in outcome:
         raise Refused(*outcome["refused"]).error()
     if "stopped" in outcome:
-        print(f"stopped after update {outcome['stopped']} of {run.train.updates}; resume {folder.name} to go on from there")
+        print(f"stopped after update {outcome['stopped']} of {run.train.updates}; go on with --resume {folder.name}")
         raise KeyboardInterrupt
     return _finished(run, folder, tracker, outcome["finished"])
 
@@ -217,7 +220,7 @@ def _follow(future: Future[dict[str, Any]], board: Any, progress: Progress) -> d
             place += len(news)
             for item in news:
                 if isinstance(item, str):
-                    progress.say(item)
+                    progress.restart(item)
                 else:
                     progress.row(item)
             if ended:

@@ -35,6 +35,11 @@ class Progress:
     def say(self, text: str) -> None:
         self.console.print(Text(text))
 
+    def restart(self, text: str) -> None:
+        """The workers were started again: measure anew."""
+        self.say(text)
+        self.first = None
+
     def waiting(self, text: str) -> None:
         """What is going on while no row comes; on a terminal only."""
         if self.live:

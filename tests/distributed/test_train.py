@@ -1,7 +1,6 @@
 """Whole runs on Ray: what they leave, and that kills, stops and full disks change nothing in it."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -165,32 +164,23 @@ def test_killed_worker_changes_nothing(uninterrupted: Result, ray_run: MakeRun, 
     assert steps(result, "seconds") == [0, 1, 2, 3, 4]
 
 
-def test_killed_driver_resumes_here_or_with_other_workers(
-    uninterrupted: Result, cluster: str, ray_run: MakeRun, tmp_path: Path
-) -> None:
+def test_killed_driver_resumes(uninterrupted: Result, cluster: str, ray_run: MakeRun, tmp_path: Path) -> None:
     run = ray_run({"storage": str(tmp_path / "runs"), "rewards.blue.pause": 0.3})
     process = driver(run, cluster, tmp_path / "run.json")
-    found = wait_for(index(run.storage, 2))
+    folder = wait_for(index(run.storage, 2)).parents[1]
     process.kill()
     process.wait()
-    folder = found.parents[1]
-    time.sleep(2)  # Ray ends the job's workers
     assert not (folder / "finished.json").exists()
-    copy = tmp_path / "other" / folder.name
-    shutil.copytree(folder, copy)
-
+    time.sleep(2)  # Ray ends the job's workers
     result = train(run, resume=folder.name)
     assert (result.name, result.folder) == (folder.name, str(folder))
     assert_same_adapter(result, uninterrupted)
     assert steps(result) == [1, 2, 3, 4]
 
-    other = train(override(run, {"train.workers": 1, "train.zero_stage": 1, "storage": str(tmp_path / "other")}), resume=copy)
-    print(f"2 workers at ZeRO-2, resumed by 1 at ZeRO-1: adapter {distance(other, uninterrupted):.1e} relative")
-    assert distance(other, uninterrupted) < 1e-3
-    assert steps(other) == [1, 2, 3, 4]
 
-
-def test_ctrl_c_makes_a_checkpoint(uninterrupted: Result, cluster: str, ray_run: MakeRun, tmp_path: Path) -> None:
+def test_ctrl_c_makes_a_checkpoint_for_any_workers(
+    uninterrupted: Result, cluster: str, ray_run: MakeRun, tmp_path: Path
+) -> None:
     run = ray_run({"storage": str(tmp_path), "rewards.blue.pause": 0.5, "train.checkpoint_every": 100})
     process = driver(run, cluster, tmp_path / "run.json")
     wait_for(lambda: next(iter(tmp_path.glob("*/pictures/step_000000.png")), None))
@@ -206,9 +196,10 @@ def test_ctrl_c_makes_a_checkpoint(uninterrupted: Result, cluster: str, ray_run:
     last = checkpoint.latest(Folder(folder))
     assert last is not None
     assert 0 < last.next_step < UPDATES
-    assert f"stopped after update {last.next_step} of {UPDATES}; resume {folder.name}" in said
-    result = train(run, resume=folder.name)
-    assert_same_adapter(result, uninterrupted)
+    assert f"stopped after update {last.next_step} of {UPDATES}; go on with --resume {folder.name}" in said
+    result = train(override(run, {"train.workers": 1, "train.zero_stage": 1}), resume=folder)
+    print(f"2 workers at ZeRO-2, resumed by 1 at ZeRO-1: adapter {distance(result, uninterrupted):.1e} relative")
+    assert distance(result, uninterrupted) < 1e-5
     assert steps(result) == [1, 2, 3, 4]
 
 
@@ -236,9 +227,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(path)], check=True)
 
 
-def test_full_disk_keeps_the_last_checkpoint(uninterrupted: Result, ray_run: MakeRun, tmp_path: Path, small_disk: Path) -> None:
-    mlflow = f"sqlite:///{tmp_path}/mlflow.db"
-    run = ray_run({"storage": str(small_disk), "tracking.uri": mlflow, "rewards.blue.pause": 0.3, "evaluate.every": 4})
+def test_full_disk_keeps_the_last_checkpoint(cluster: str, ray_run: MakeRun, tmp_path: Path, small_disk: Path) -> None:
+    changes = {"storage": str(small_disk), "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db", "evaluate.every": 4}
+    run = ray_run({**changes, "train.workers": 1, "rewards.blue.pause": 0.3})
     ballast = small_disk / "ballast"
 
     def fill() -> None:
@@ -261,7 +252,5 @@ def test_full_disk_keeps_the_last_checkpoint(uninterrupted: Result, ray_run: Mak
     last = checkpoint.latest(Folder(run_json.parent))
     assert last is not None
     assert 1 <= last.next_step < UPDATES
-    ballast.unlink()
-    result = train(run, resume=run_json.parent.name)
-    assert_same_adapter(result, uninterrupted)
-    assert steps(result) == [1, 2, 3, 4]
+    for kind in ("parameters", "exp_avg", "exp_avg_sq", "ema"):
+        assert last.tensors(kind).keys() == last.tensors("parameters").keys()
