@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from raydiff.assets.recipe import training
 from raydiff.assets.recipe.aesthetic import RANK, StyleHead, preference_pairs
 from raydiff.assets.recipe.clip import contrastive_loss
-from raydiff.assets.recipe.diffusion import min_snr_loss
+from raydiff.assets.recipe.diffusion import min_snr_loss, stratified_times
 from raydiff.assets.recipe.pictures import Art, colour_odds, draw, nearest_colour
 from raydiff.assets.recipe.sampling import save_grid
 from raydiff.assets.recipe.tokenizer import byte_pairs
@@ -88,6 +88,14 @@ def test_same_generator_draws_the_same_pictures() -> None:
     assert torch.equal(first, again)
 
 
+def test_pictures_are_mirrored_only_on_request() -> None:
+    art = opaque_square(200)
+    art.pixels[:, 0, :, :32] = 1  # red on the left
+    ways = [draw(art, torch.arange(200), Generator().manual_seed(0), flip=flip)[0][:, 0, 16, 8] > 0 for flip in (True, False)]
+    assert 70 < ways[0].sum() < 130
+    assert ways[1].all()
+
+
 def test_tokenizer_gives_each_word_of_a_caption_one_token() -> None:
     vocabulary, merges = byte_pairs(list(train_prompts()) * 2)
     words = {word for prompt in train_prompts() for word in prompt.split()}
@@ -102,6 +110,11 @@ def test_min_snr_weighs_by_hand() -> None:
     loss, metrics = min_snr_loss(predicted, noise, alpha)
     assert loss.item() == pytest.approx(0.75)
     assert metrics["mse"] == pytest.approx(1.0)
+
+
+def test_times_are_spread_over_the_whole_schedule() -> None:
+    times = stratified_times(10, 1000, Generator().manual_seed(0))
+    assert (times // 100).tolist() == list(range(10))
 
 
 def test_contrastive_loss_shares_a_caption() -> None:

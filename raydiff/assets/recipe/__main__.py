@@ -28,20 +28,20 @@ class Stage:
     run: Run
     output: str | None
     """What it leaves in the work folder when it is done; None runs it every time."""
-    trained: bool = False
-    """Whether several processes share the work."""
+    workers: int = 1
+    """Processes of one thread that share the training; on fewer cores they take turns."""
 
 
 STAGES = {
     "packages": Stage(lambda work: install_packages(work / "npm"), "npm/node_modules/emojibase-data"),
     "render": Stage(lambda work: render(work / "npm/node_modules", work / "art.npz"), "art.npz"),
     "tokenizer": Stage(build_tokenizer, "tokenizer"),
-    "vae": Stage(train_vae, "vae", trained=True),
-    "clip": Stage(train_clip, "clip", trained=True),
-    "aesthetic": Stage(train_aesthetic, "aesthetic/model.safetensors", trained=True),
-    "classifier": Stage(train_classifier, "classifier", trained=True),
-    "style_classifier": Stage(train_style_classifier, "style_classifier", trained=True),
-    "diffusion": Stage(train_diffusion, "text_encoder", trained=True),
+    "vae": Stage(train_vae, "vae", workers=2),
+    "clip": Stage(train_clip, "clip"),
+    "aesthetic": Stage(train_aesthetic, "aesthetic/model.safetensors"),
+    "classifier": Stage(train_classifier, "classifier"),
+    "style_classifier": Stage(train_style_classifier, "style_classifier"),
+    "diffusion": Stage(train_diffusion, "text_encoder", workers=4),
     "export": Stage(partial(export, target=EMOJI), None),
     "evaluate": Stage(partial(evaluate, target=EMOJI), None),
 }
@@ -51,7 +51,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m raydiff.assets.recipe", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/emoji"), help="where everything on the way is kept")
     parser.add_argument("--stage", choices=STAGES, nargs="+", default=list(STAGES), help="only these; default all")
-    parser.add_argument("--workers", type=int, default=2, help="processes that share the training, one thread each")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.stage:
@@ -60,7 +59,7 @@ def main() -> None:
             print(f"{name}: done before, {options.work / stage.output} exists")
             continue
         print(f"{name}:", flush=True)
-        spawn(stage.run, options.work, options.workers if stage.trained else 1)
+        spawn(stage.run, options.work, stage.workers)
 
 
 if __name__ == "__main__":

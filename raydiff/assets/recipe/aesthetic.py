@@ -20,7 +20,7 @@ from raydiff.assets.recipe.vae import load_vae
 from raydiff.assets.recipe.words import STYLE_ORDER, STYLES
 
 BATCH = 64
-SCHEDULE = Schedule(steps=1_500, learning_rate=1e-3, weight_decay=0.1)
+SCHEDULE = Schedule(steps=400, learning_rate=1e-3, weight_decay=0.1)
 RANK = torch.tensor([STYLE_ORDER.index(style) for style in STYLES])  # 0 is the best liked
 MEAN, DEVIATION = 5.5, 2.0  # of the scores over the training pictures, so that they read as marks from 1 to 10
 

@@ -122,7 +122,7 @@ The background is measured in closed form: the palette colour nearest to the med
 samples go through all names in turn and mention style and background as often as the training captions do (45 % and
 60 %). The judges are trained on all the art, with decoded, blurred and noisy copies.
 
-Guidance, over 207 samples each:
+Guidance, over 138 samples each:
 
 | guidance | name | style | background |
 |---|---|---|---|

@@ -17,7 +17,7 @@ from raydiff.assets.recipe.vae import load_vae
 from raydiff.assets.recipe.words import NAMES, STYLES
 
 BATCH = 64
-SCHEDULE = Schedule(steps=3_000, learning_rate=2e-3, weight_decay=0.02)
+SCHEDULE = Schedule(steps=800, learning_rate=2e-3, weight_decay=0.02)
 
 
 def new_classifier(labels: tuple[str, ...]) -> ResNetForImageClassification:

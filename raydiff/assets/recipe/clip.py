@@ -19,7 +19,7 @@ from raydiff.assets.recipe.words import random_caption
 
 BATCH = 64
 WIDTH = 96
-SCHEDULE = Schedule(steps=2_000, learning_rate=1e-3, weight_decay=0.05)
+SCHEDULE = Schedule(steps=1_200, learning_rate=1e-3, weight_decay=0.05)
 
 
 def new_clip(texts: Texts) -> CLIPModel:

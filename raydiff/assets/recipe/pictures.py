@@ -62,23 +62,23 @@ def colour_odds(*, hold_out: bool) -> Tensor:
     return odds / odds.sum(dim=1, keepdim=True)
 
 
-def draw(art: Art, index: Tensor, rng: Generator) -> tuple[Tensor, Tensor]:
+def draw(art: Art, index: Tensor, rng: Generator, *, flip: bool = True) -> tuple[Tensor, Tensor]:
     """Fresh pictures of art[index] (B,): pixels (B, 3, P, P) in [-1, 1] and their background colours (B,)."""
     colour = torch.multinomial(art.colour_odds[art.names[index]], 1, generator=rng).squeeze(1)
     jitter = COLOUR_JITTER * torch.randn(len(index), 3, generator=rng)
     background = (PALETTE[colour] + jitter).clamp(0, 1)
-    rgba = place(art.pixels[index], rng)
+    rgba = place(art.pixels[index], rng, flip=flip)
     pixels = rgba[:, :3] + (1 - rgba[:, 3:]) * background[:, :, None, None]
     return pixels.clamp(0, 1) * 2 - 1, colour
 
 
-def place(rgba: Tensor, rng: Generator) -> Tensor:
+def place(rgba: Tensor, rng: Generator, *, flip: bool) -> Tensor:
     """Flips, scales and shifts (B, 4, S, S) at its full size, then averages down to (B, 4, P, P), which stays sharp."""
     batch = len(rgba)
     zoom = 1 / torch.empty(batch).uniform_(*SCALE, generator=rng)
-    flip = torch.randint(0, 2, (batch,), generator=rng) * 2 - 1
+    mirror = torch.randint(0, 2, (batch,), generator=rng) * 2 - 1 if flip else 1
     affine = torch.zeros(batch, 2, 3)
-    affine[:, 0, 0], affine[:, 1, 1] = zoom * flip, zoom
+    affine[:, 0, 0], affine[:, 1, 1] = zoom * mirror, zoom
     affine[:, :, 2] = torch.empty(batch, 2).uniform_(-SHIFT, SHIFT, generator=rng)
     grid = F.affine_grid(affine, list(rgba.shape), align_corners=False)
     placed = F.grid_sample(rgba, grid, align_corners=False, padding_mode="zeros")

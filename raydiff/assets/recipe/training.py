@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
-AVERAGE_EVERY = 20
+AVERAGE_EVERY = 10
 LOG_EVERY = 100
 SAVE_EVERY_S = 60.0
 
