@@ -116,9 +116,10 @@ def plan(recipe: Recipe, overrides: Overrides = None) -> None:
     from rich.console import Console
 
     from raydiff import plan as planning
+    from raydiff.plan.render import render
 
     result = planning.plan(run, planning.machine())
-    Console(highlight=False).print(planning.render(result))
+    Console(highlight=False).print(render(result))
     if result.problems:
         raise typer.Exit(2)
 
@@ -163,10 +164,10 @@ def _own(error: Exception) -> bool:
 
 def _preflight(run: Run) -> None:
     """Refuse missing files and prompts before anything heavy starts, all of them at once."""
-    from raydiff.plan import missing
+    from raydiff.preflight import faults
 
-    if faults := missing(run):
-        raise ValueError("\n".join(faults))
+    if found := faults(run):
+        raise ValueError("\n".join(found))
 
 
 def _train_here(run: Run) -> None:

@@ -48,7 +48,12 @@ class Session:
         run = self.run
         self.geometry: Geometry = geometry(run, self.workers)
         self.train_prompts, self.held_out_prompts = read_both(run.prompts)
-        self.model = run.model.build(self.device, seed=mix(run.seed, 0), reference=run.method.needs_reference)
+        self.model = run.model.build(
+            self.device,
+            seed=mix(run.seed, 0),
+            reference=run.method.needs_reference,
+            checkpointing=run.train.gradient_checkpointing,
+        )
         self.method = run.method
         sampler = run.sampler
         self.policy = Policy(

@@ -9,10 +9,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from raydiff import plan as planning
 from raydiff.config import ConfigError, Run, geometry
 from raydiff.local import fit
-from raydiff.plan import GIB, Machine, Memory, plan
+from raydiff.plan import Machine, plan
+from raydiff.plan.cost import Backward
+from raydiff.plan.memory import GIB, Live, Memory
+from raydiff.plan.render import render
 from raydiff.session import Session
 
 Make = Callable[..., Run]
@@ -64,8 +66,8 @@ def test_peak_is_that_of_a_real_micro_batch(tiny_run: Make, method: str, changes
     known = [
         t for m in vars(session.model.pipe).values() if isinstance(m, torch.nn.Module) for t in [*m.parameters(), *m.buffers()]
     ]
-    with planning._Live([*known, *(p.grad for p in session.model.trained().values())]) as live:
-        session.update(planning._Backward(), 0)
+    with Live([*known, *(p.grad for p in session.model.trained().values())]) as live:
+        session.update(Backward(), 0)
     assert estimate is not None
     assert estimate.update == pytest.approx(live.peak, rel=0.1)
 
@@ -73,7 +75,7 @@ def test_peak_is_that_of_a_real_micro_batch(tiny_run: Make, method: str, changes
 def test_many_steps_with_gradient_are_extrapolated_well(tiny_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tiny_run("draft", {"sampler.steps": 8, "train.gradient_checkpointing": False})
     extrapolated = plan(run, LAPTOP).memory
-    monkeypatch.setattr(planning, "_POINTS", 8)
+    monkeypatch.setattr("raydiff.plan.memory._POINTS", 8)
     traced = plan(run, LAPTOP).memory
     assert extrapolated is not None
     assert traced is not None
@@ -152,7 +154,7 @@ def test_impossible_runs_are_refused_while_parsed(tiny_run: Make) -> None:
 def test_rendering_shows_figures_and_problems(tiny_run: Make) -> None:
     run = tiny_run("draft_k", {"train.workers": 2})
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(planning.render(plan(run, Machine("this machine", cpus=1, memory=GIB))))
+    console.print(render(plan(run, Machine("this machine", cpus=1, memory=GIB))))
     text = console.export_text()
     assert str(geometry(run)) in text
     assert "denoiser forward" in text

@@ -28,6 +28,12 @@ class ModelConfig(PluginConfig):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the frozen weights; an adapter is always fp32."""
 
-    def build(self, device: torch.device | str = "cpu", *, seed: int = 0, reference: bool = False) -> LatentModel:
-        """The model, ready to train. `seed` fixes the adapter's start; `reference` says that a loss will call reference()."""
+    def build(
+        self, device: torch.device | str = "cpu", *, seed: int = 0, reference: bool = False, checkpointing: bool = True
+    ) -> LatentModel:
+        """The model, ready to train.
+
+        `seed` fixes the adapter's start; `reference` says that a loss will call reference(); `checkpointing` recomputes the
+        decoder's activations in the backward pass. (The denoiser's are the policy's business.)
+        """
         raise NotImplementedError

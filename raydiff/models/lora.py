@@ -65,7 +65,8 @@ def save(denoiser: Any, folder: Path, state: Mapping[str, Tensor], pipeline: Any
     from peft.utils import get_peft_model_state_dict
 
     layers = get_peft_model_state_dict(denoiser, state_dict=dict(state), adapter_name=ADAPTER)
-    config = denoiser.peft_config[ADAPTER].to_dict()
+    # Sets are sorted, or two exports of the same weights would be different files.
+    config = {k: sorted(v) if isinstance(v, set) else v for k, v in denoiser.peft_config[ADAPTER].to_dict().items()}
     pipeline.save_lora_weights(
         folder, unet_lora_layers=layers, unet_lora_adapter_metadata={k: v for k, v in config.items() if _plain(v)}
     )
@@ -160,5 +161,5 @@ def _plain(value: object) -> bool:
     try:
         json.dumps(value)
     except TypeError:
-        return isinstance(value, set)
+        return False
     return True

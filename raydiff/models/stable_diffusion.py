@@ -60,9 +60,13 @@ class Plugin(ModelConfig):
             if not any((folder / part).glob(pattern)):
                 raise FileNotFoundError(f"model.path = {self.path!r}: {part} has no {pattern}; only safetensors are loaded")
 
-    def build(self, device: torch.device | str = "cpu", *, seed: int = 0, reference: bool = False) -> StableDiffusion:
+    def build(
+        self, device: torch.device | str = "cpu", *, seed: int = 0, reference: bool = False, checkpointing: bool = True
+    ) -> StableDiffusion:
         self.preflight()
         pipe = load_pipeline(self, device)
+        if checkpointing:  # at 512 pixels the decoder's activations outweigh the denoiser's
+            pipe.vae.enable_gradient_checkpointing()
         if self.train == "lora":
             trained = lora.add(pipe.unet, self.lora, seed)
         else:
@@ -70,7 +74,7 @@ class Plugin(ModelConfig):
         frozen = copy.deepcopy(pipe.unet).requires_grad_(False) if reference and self.train == "full" else None
         return StableDiffusion(pipe, trained, frozen)
 
-    def skeleton(self, folder: Path, reference: bool = False) -> Skeleton:
+    def skeleton(self, folder: Path, *, reference: bool = False, checkpointing: bool = True) -> Skeleton:
         """The model on the meta device, from the config files of a pipeline folder: shapes without weights."""
         from diffusers import AutoencoderKL, UNet2DConditionModel
         from transformers import CLIPTextConfig, CLIPTextModel
@@ -85,6 +89,8 @@ class Plugin(ModelConfig):
         for part in (unet, vae, text_encoder):
             nn.Module.to(part, dtype)  # diffusers' own `to` warns of parts that it keeps in fp32, even where there are none
             part.requires_grad_(False).eval()
+        if checkpointing:
+            vae.enable_gradient_checkpointing()
         if self.train == "lora":
             return Skeleton(pipe, lora.add(unet, self.lora, 0))
         frozen = copy.deepcopy(unet) if reference else None

@@ -1,0 +1,176 @@
+"""What a run will do and need, before anything is loaded: geometry, cost, memory, files, cluster.
+
+Nothing here repeats a method's arithmetic: the run's own method goes through `Session.update`, once on a stub of a few
+numbers whose calls are counted, and once on the model's shapes (torch's meta device), whose live bytes are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from raydiff.config import Geometry, Run, geometry
+from raydiff.core.policy import Calls
+from raydiff.plan.cost import count
+from raydiff.plan.memory import Memory, gib, measure
+from raydiff.preflight import faults
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to run on."""
+
+    where: str
+    cpus: float
+    gpus: float = 0
+    memory: int | None = None  # bytes of the whole machine; None: not known
+    gpu_memory: int | None = None  # bytes of one GPU
+
+
+@dataclass(frozen=True)
+class Plan:
+    name: str
+    geometry: Geometry
+    parameters: dict[str, int]  # by part, with "trained"; empty when the model's config is not at hand
+    update: Calls
+    evaluation: Calls
+    evaluations: int
+    total: Calls
+    memory: Memory | None
+    cpus: float
+    gpus: float
+    machine: Machine
+    problems: tuple[str, ...]
+    """Why the run cannot work, each with what to change."""
+    notes: tuple[str, ...]
+    """What the figures assume, and what could not be known."""
+
+
+def plan(run: Run, machine: Machine) -> Plan:
+    """Look at a run and at a machine, or at a cluster's resources. Loads no weights."""
+    workers = run.train.workers
+    problems, notes = faults(run), []
+    gpu = machine.gpus > 0 if run.train.use_gpu is None else run.train.use_gpu
+    cpus, gpus = workers * run.train.cpus_per_worker, float(workers) if gpu else 0.0
+    problems += _too_small(run, machine, cpus, gpus)
+
+    update, evaluation = count(run)
+    evaluations = 1 + sum(s % run.evaluate.every == 0 or s == run.train.updates for s in range(1, run.train.updates + 1))
+    total = Calls(
+        *(
+            u * run.train.updates + e * evaluations
+            for u, e in zip(vars(update).values(), vars(evaluation).values(), strict=True)
+        )
+    )
+
+    parameters: dict[str, int] = {}
+    memory: Memory | None = None
+    folder = model_folder(run)
+    if folder is None:
+        notes.append(
+            f"model: {getattr(run.model, 'path', run.model.kind)!r} is neither a folder nor in the Hugging Face cache here:"
+            " parameters and memory are not known until it is downloaded"
+        )
+    elif not any(fault.startswith("model") for fault in problems):
+        try:
+            parameters, memory = measure(run, folder)
+        except ValueError as error:
+            problems.append(str(error))
+    if memory is not None:
+        problems += _too_big(run, machine, memory, gpu)
+        notes.append(
+            "memory: bytes live at once, traced on the model's shapes with flash-type attention; the allocator's slack (about"
+            " a tenth), the CUDA context or the Python process (0.5-1 GiB), DeepSpeed's buckets and the rewards' own weights"
+            " and activations come on top"
+        )
+    return Plan(
+        run.name, geometry(run), parameters, update, evaluation, evaluations, total, memory,
+        cpus, gpus, machine, tuple(problems), tuple(notes),
+    )  # fmt: skip
+
+
+def machine() -> Machine:
+    """The cluster that RAY_ADDRESS names, or this machine."""
+    if address := os.environ.get("RAY_ADDRESS"):
+        import ray
+
+        with contextlib.ExitStack() as stack:
+            if not ray.is_initialized():
+                ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+                stack.callback(ray.shutdown)
+            resources = ray.cluster_resources()
+        return Machine(f"the cluster at {address}", resources.get("CPU", 0), resources.get("GPU", 0))
+    gpus = torch.cuda.device_count()
+    return Machine(
+        where="this machine",
+        cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        gpus=gpus,
+        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        gpu_memory=torch.cuda.get_device_properties(0).total_memory if gpus else None,
+    )
+
+
+def model_folder(run: Run) -> Path | None:
+    """Where the model's config files lie: its folder, or its place in the Hugging Face cache. None: not on this machine."""
+    if not hasattr(run.model, "skeleton"):
+        return None
+    folder = Path(str(run.model.folder()))
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = [
+            try_to_load_from_cache(str(run.model.path), f"{part}_config.json" if "/s" in part else f"{part}/config.json",
+                                   revision=run.model.revision)
+            for part in ("unet", "vae", "text_encoder", "scheduler/scheduler")
+        ]  # fmt: skip
+    except ValueError:  # not the form of a hub id: preflight has said so
+        return None
+    return Path(str(found[0])).parents[1] if all(isinstance(f, str) for f in found) else None
+
+
+def _too_small(run: Run, machine: Machine, cpus: float, gpus: float) -> list[str]:
+    """Workers that the machine or cluster cannot hold."""
+    workers, each, found = run.train.workers, run.train.cpus_per_worker, []
+    if cpus > machine.cpus:
+        fewer = int(machine.cpus // each)
+        remedy = (
+            f"set train.workers to {fewer}" if fewer else f"set train.cpus_per_worker to {machine.cpus / workers:g} or less"
+        )
+        found.append(f"train.workers = {workers} × train.cpus_per_worker = {each:g}: {cpus:g} CPUs, and {machine.where} has"
+                      f" {machine.cpus:g}: {remedy}, or use a larger cluster")  # fmt: skip
+    if gpus > machine.gpus:
+        remedy = f"set train.workers to {machine.gpus:g}" if machine.gpus else "set train.use_gpu to false"
+        found.append(f"train.workers = {workers} with a GPU each, and {machine.where} has {machine.gpus:g}: {remedy},"
+                      " or use a larger cluster")  # fmt: skip
+    return found
+
+
+def _too_big(run: Run, machine: Machine, memory: Memory, gpu: bool) -> list[str]:
+    """Workers whose memory does not fit, with the batch that would."""
+    if gpu:
+        room, where = machine.gpu_memory, "a GPU"
+    else:
+        room, where = machine.memory and machine.memory // run.train.workers, f"a worker's share of {machine.where}"
+    if room is None or memory.total <= room:
+        return []
+    found = []
+    for peak, field, value in (
+        (memory.update, "batch.micro", run.batch.micro), (memory.evaluation, "evaluate.batch", run.evaluate.batch),
+    ):  # fmt: skip
+        if memory.states + peak <= room:
+            continue
+        fits = max(0, (room - memory.states) * value // peak)
+        if field == "batch.micro":
+            fits = max((m for m in range(1, fits + 1) if run.batch.size % (m * run.train.workers) == 0), default=0)
+        cheaper = " or train.gradient_checkpointing to true" if not run.train.gradient_checkpointing else ""
+        remedy = f"set {field} to {fits}" if fits else f'set model.dtype to "bfloat16"{cheaper}, or use a larger machine'
+        found.append(
+            f"{field} = {value} needs about {gib(memory.states + peak)} of memory, and {where} has {gib(room)}: {remedy}"
+        )
+    return found

@@ -1,0 +1,105 @@
+"""What a run costs: the run's own method goes through `Session.update` on a stub of one weight, whose calls are counted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raydiff.config import Batch, Evaluate, Prompts, Run
+from raydiff.core.denoise import Predict
+from raydiff.core.policy import Calls
+from raydiff.core.schedule import Schedule
+from raydiff.models.base import ModelConfig
+from raydiff.rewards.base import RewardConfig
+from raydiff.session import Session
+
+_DRAWS = 16  # updates to average a method's cost over, where it draws its point
+
+
+def count(run: Run) -> tuple[Calls, Calls]:
+    """(calls of an update, calls of an evaluation), counted while the run's own method trains a model of one weight.
+
+    Where a method draws its point, the mean over the run's first updates.
+    """
+    session = Session(small(run, _Stub(), micro=1))
+    updates = min(_DRAWS, run.train.updates)
+    for step in range(updates):
+        session.update(Backward(), step)
+    session.evaluate()
+    return (
+        Calls(**{name: round(run.batch.size * n / updates) for name, n in vars(session.policy.calls).items()}),
+        Calls(**{name: run.evaluate.images * n for name, n in (vars(session.judge.calls) | {"reward_queries": 1}).items()}),
+    )
+
+
+class _Stub(ModelConfig):
+    kind: str = "stub"
+
+    def build(self, device: torch.device | str = "cpu", **_: Any) -> _StubModel:
+        return _StubModel()
+
+
+class _StubModel:
+    """A LatentModel of one weight, whose output is 0."""
+
+    device = torch.device("cpu")
+    latent_shape = (1, 1, 1)
+
+    def __init__(self) -> None:
+        self.denoiser: nn.Module = nn.Linear(1, 1, bias=False)
+
+    def schedule(self, steps: int, spacing: Any = None, final_alpha: float | None = None) -> Schedule:
+        return Schedule.from_config({"num_train_timesteps": max(1000, steps)}, steps, spacing=spacing, final_alpha=final_alpha)
+
+    def predict(self, denoiser: nn.Module, prompts: Sequence[str], guidance: float, detach_negative: bool = False) -> Predict:
+        return lambda x, time: 0 * denoiser(x)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents.expand(-1, 3, -1, -1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images[:, :1]
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        yield
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return dict(self.denoiser.named_parameters())
+
+
+class _Mean(RewardConfig):
+    kind: str = "mean"
+
+    def build(self, device: torch.device | str = "cpu") -> Any:
+        return lambda images, prompts: images.mean((1, 2, 3))
+
+
+class Backward:
+    """An engine that accumulates gradients and moves nothing."""
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        pass
+
+
+def small(run: Run, model: Any, micro: int, **sampler: Any) -> Run:
+    """The run with another model, one micro-batch an update, one picture an evaluation, and rewards without weights."""
+    return run.model_copy(
+        update={
+            "model": model,
+            "batch": Batch(size=micro, micro=micro),
+            "train": run.train.model_copy(update={"workers": 1}),
+            "optimizer": run.optimizer.model_copy(update={"ema": None}),
+            "sampler": run.sampler.model_copy(update=sampler),
+            "prompts": Prompts(train=("a",), held_out=("b",)),
+            "rewards": {"mean": _Mean()},
+            "evaluate": Evaluate(images=1, batch=1),
+        }
+    )

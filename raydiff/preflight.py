@@ -1,0 +1,36 @@
+"""What stands in a run's way before anything starts: missing files, unusable prompts, a storage that cannot be written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from raydiff.config import Run
+from raydiff.data.prompts import read_both
+
+
+def faults(run: Run) -> list[str]:
+    """One line per fault, each with its dotted path and the way out; [] when there is none. Loads no weights."""
+    parts = {"model": run.model, "method": run.method}
+    parts |= {f"rewards.{name}": r for name, r in run.rewards.items()}
+    parts |= {f"evaluate.rewards.{name}": r for name, r in run.evaluate.rewards.items()}
+    found = []
+    for path, part in parts.items():
+        try:
+            part.preflight()
+        except (ValueError, OSError) as error:
+            found.append(str(error) if str(error).startswith(path) else f"{path}: {error}")
+    try:
+        read_both(run.prompts)
+    except (ValueError, OSError) as error:
+        found.append(str(error) if str(error).startswith("prompts") else f"prompts: {error}")
+    if "://" not in run.storage and not _can_write(Path(run.storage)):
+        found.append(f"storage = {run.storage!r}: cannot write there; give another folder")
+    return found
+
+
+def _can_write(folder: Path) -> bool:
+    """Whether the folder, or the nearest one above that exists, can be written to."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK)
