@@ -64,6 +64,8 @@ def train(run: Run, *, resume: str | Path | None = None) -> Result:
         folder.write(RUN, run.model_dump_json(indent=1).encode())
         tracker = tracking.start(run, experiment.result(), folder.name, folder)
         progress.waiting("starting workers")
+        if short := _not_free(run, use_gpu):
+            progress.say(f"waiting for {short}: other work holds them")
         board = _board(tracker, folder)
         status = "FAILED"
         try:
@@ -143,6 +145,14 @@ def check_fits(run: Run, nodes: list[dict[str, float]], use_gpu: bool) -> None:
         f"train.workers = {workers} needs {need}; the cluster has {have} on {len(nodes)} node{'s' if len(nodes) > 1 else ''},"
         f" room for {places}: lower train.workers{' or train.cpus_per_worker' if places or cpus > 1 else ''}, or add nodes"
     )
+
+
+def _not_free(run: Run, use_gpu: bool) -> str:
+    import ray
+
+    free, workers = ray.available_resources(), run.train.workers
+    need = {"CPU": workers * run.train.cpus_per_worker, **({"GPU": workers} if use_gpu else {})}
+    return " and ".join(f"{n:g} {name}s, {free.get(name, 0):g} are free" for name, n in need.items() if free.get(name, 0) < n)
 
 
 def _fresh(run: Run) -> Folder:
