@@ -96,7 +96,7 @@ def test_pictures_are_mirrored_only_on_request() -> None:
     assert ways[1].all()
 
 
-def test_tokenizer_gives_each_word_of_a_caption_one_token() -> None:
+def test_vocabulary_holds_each_word_of_a_caption() -> None:
     vocabulary, merges = byte_pairs(list(train_prompts()) * 2)
     words = {word for prompt in train_prompts() for word in prompt.split()}
     assert all(f"{word}</w>" in vocabulary for word in words)

@@ -25,7 +25,7 @@ WIDTH = 128
 DROPPED_CAPTIONS = 0.1  # trains the unconditional half of classifier-free guidance
 SNR_CAP = 5.0  # Min-SNR weighting (Hang et al. 2023)
 ROUNDS = 40  # fresh drawings of each picture in a process's cache
-SCHEDULE = Schedule(steps=7_500, learning_rate=1.5e-3, warmup=200)
+SCHEDULE = Schedule(steps=8_500, learning_rate=1.5e-3, warmup=200)
 
 
 def new_unet() -> UNet2DConditionModel:
