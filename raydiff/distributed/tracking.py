@@ -76,8 +76,9 @@ def prepare(run: Run) -> str:
     experiment = client.get_experiment_by_name(run.tracking.experiment)
     if experiment is not None:
         return str(experiment.experiment_id)
-    # Artifacts beside the SQLite file; a server has a place of its own.
-    place = None if run.tracking.uri else (Folder(run.storage) / "mlartifacts" / run.tracking.experiment).uri
+    # A server has a place for artifacts; MLflow's own without one is the folder where the driver happens to run.
+    server = uri(run).startswith(("http:", "https:", "databricks"))
+    place = None if server else (Folder(run.storage) / "mlartifacts" / run.tracking.experiment).uri
     return str(client.create_experiment(run.tracking.experiment, artifact_location=place))
 
 

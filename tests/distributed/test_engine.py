@@ -40,7 +40,9 @@ def gradients(tiny_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Ca
     """Gradients by job: "draft_k-2" is two workers at ZeRO-2, "draft_k-alone" one worker."""
 
     def run(method: str, stage: int, **changes: object) -> Run:
-        small = {"batch.size": 4, "batch.micro": 1, "sampler.steps": 3, "evaluate.images": 2, "train.zero_stage": stage}
+        # ZeRO-3 is slow: one method accumulates and has a step without gradient, which the others need not
+        size, steps = (4, 3) if method == "draft_k" else (2, 2)
+        small = {"batch.size": size, "batch.micro": 1, "sampler.steps": steps, "evaluate.images": 2, "train.zero_stage": stage}
         return tiny_run(method, {**METHODS[method], **small, **changes})
 
     two = {f"{method}-{stage}": run(method, stage) for method in METHODS for stage in range(4)}
@@ -73,12 +75,12 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return (difference / sum(float(t.double().square().sum()) for t in b.values())) ** 0.5
 
 
+CASES = [*((method, stage) for method in METHODS for stage in (0, 1, 2, 3, "alone")), ("full", 0), ("full", 2)]
+
+
 @pytest.mark.ray
-@pytest.mark.parametrize("stage", [0, 1, 2, 3, "alone"])
-@pytest.mark.parametrize("method", [*METHODS, "full"])
+@pytest.mark.parametrize(("method", "stage"), CASES)
 def test_gradients_are_plain_torchs(gradients: Callable[[str], dict[str, Tensor]], method: str, stage: object) -> None:
-    if method == "full" and stage not in (0, 2):
-        pytest.skip("full fine-tuning is checked at 0 and 2 on two workers")
     found, expected = gradients(f"{method}-{stage}"), gradients(method)
     error = distance(found, expected)
     norm = float(torch.stack([g.double().norm() for g in expected.values()]).norm())
