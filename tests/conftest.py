@@ -14,6 +14,16 @@ from raydiff.config import Run
 from tests.tiny import make_pipeline
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without a CUDA device, tests marked gpu are skipped, and say so."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A StableDiffusionPipeline folder with random weights: 8×8 latents, 16×16 pictures."""

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 import raydiff
 
@@ -23,7 +22,6 @@ RECIPES = Path(__file__).parents[1] / "jobs/recipes"
     ],
 )
 def test_the_held_out_reward_rises_within_the_recipe(recipe: str, part: str, margin: float, seed: int) -> None:
-    torch.set_num_threads(2)
     run = raydiff.load(RECIPES / f"{recipe}.toml", [f"seed={seed}", "evaluate.every=1000", "evaluate.images=64"])
     history = [m for m in raydiff.fit(run) if "held_out/total" in m]
     before, after = history[0], history[-1]
