@@ -18,7 +18,7 @@ def faults(run: Run) -> list[str]:
     for path, part in parts.items():
         try:
             part.preflight()
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             found.append(str(error) if str(error).startswith(path) else f"{path}: {error}")
     try:
         read_both(run.prompts)

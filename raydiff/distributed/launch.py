@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from raydiff.config import ConfigError, Run, geometry
-from raydiff.data.prompts import read_both
 from raydiff.distributed import checkpoint, learn, tracking
 from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.ranks import Refused
 from raydiff.distributed.storage import Folder, StorageError
 from raydiff.distributed.tracking import Board, Tracker
+from raydiff.preflight import faults
 
 RUN = "run.json"
 _POLL = 0.5  # seconds between looks at the board
@@ -89,27 +89,13 @@ def train(run: Run, *, resume: str | Path | None = None) -> Result:
 
 def preflight(run: Run) -> None:
     """What can be known without a cluster. Raises ConfigError, one line per fault."""
-    parts = {"model": run.model, "method": run.method}
-    parts |= {f"rewards.{name}": reward for name, reward in run.rewards.items()}
-    parts |= {f"evaluate.rewards.{name}": reward for name, reward in run.evaluate.rewards.items()}
-    faults = []
-    for path, part in parts.items():
-        try:
-            part.preflight()
-        except (ValueError, OSError, ImportError) as error:
-            faults.append(f"{path}: {error}")
-    try:
-        read_both(run.prompts)
-    except (ValueError, OSError) as error:
-        faults.append(str(error))
+    if found := faults(run):
+        raise ConfigError("\n".join(found))
     try:
         Folder(run.storage).check_writable()
     except (StorageError, ValueError) as error:
-        faults.append(f"storage = {run.storage!r}: {error}")
-    else:
-        tracking.uri(run)
-    if faults:
-        raise ConfigError("\n".join(faults))
+        raise ConfigError(f"storage = {run.storage!r}: {error}") from None
+    tracking.uri(run)
 
 
 def connect(run: Run) -> bool:

@@ -26,7 +26,7 @@ def test_preflight_names_every_fault(tiny_run: MakeRun, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         preflight(tiny_run(changes=changes))
     lines = str(error.value).splitlines()
-    assert [re.split(r"[ :]", line)[0] for line in lines] == ["model", "prompts.held_out", "storage"]
+    assert [re.split(r"[ :]", line)[0] for line in lines] == ["model.path", "prompts.held_out", "storage"]
 
 
 def test_sqlite_needs_a_disk(tiny_run: MakeRun) -> None:
