@@ -186,8 +186,8 @@ class _Log:
 
 
 def _client(uri: str) -> Any:
-    for noisy in ("alembic", "mlflow"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     from mlflow.tracking import MlflowClient
 
+    for noisy in ("alembic", "mlflow"):  # importing it sets its own level
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     return MlflowClient(uri)
