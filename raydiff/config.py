@@ -107,8 +107,8 @@ class Sampler(Config):
     eta: float = Field(0.0, ge=0, le=1)
     """0 = DDIM, deterministic; 1 = DDPM's posterior noise."""
     spacing: Literal["leading", "trailing", "linspace"] | None = "trailing"
-    """Where the grid's points stand; None takes the model's own. With leading spacing the last step is so small that a
-    DRaFT-1 gradient is a hundredth of the whole one."""
+    """Where the grid's points stand; None takes the model's own. On Stable Diffusion's usual leading grid the last step is so
+    small that a DRaFT-1 gradient is an eleventh of the one here."""
     final_alpha: float | None = Field(1.0, gt=0, le=1)
     """alpha-bar at the clean end; None takes the model's own. 1 makes the last step land on x0_hat."""
     detach_negative: bool = False
