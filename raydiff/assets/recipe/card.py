@@ -96,7 +96,7 @@ normalised with mean 0.5 and deviation 0.5.
 
 ## Figures
 
-Measured by the recipe's `evaluate` stage on the exported files; `metrics.json` has them all. Samples take 20 DDIM steps
+Measured by the functions of the recipe's `evaluate` stage on the exported files; `metrics.json` has them all. Samples take 20 DDIM steps
 with guidance 3.
 
 | what | figure |
@@ -154,6 +154,10 @@ AdamW, float32 weights with bfloat16 autocast, single-thread processes that aver
 | judges | 800 each | 64 | cross-entropy |
 
 The pictures that the UNet sees are not mirrored; all the others are, at random.
+
+These weights were made with settings that changed on the way: the UNet's learning rate was 1e-3 for its first 550 or so steps
+and 1.5e-3 after, and two of its four caches of latents were copies. The recipe holds the last settings; it has not been run
+from start to finish in one go.
 
 ## Limits
 
