@@ -96,7 +96,8 @@ normalised with mean 0.5 and deviation 0.5.
 
 ## Figures
 
-Measured by the functions of the recipe's `evaluate` stage on the exported files; `metrics.json` has them all. Samples take 20 DDIM steps
+Measured by the functions of the recipe's `evaluate` stage on the exported files; `metrics.json` has them all.
+Samples take 20 DDIM steps
 with guidance 3.
 
 | what | figure |
