@@ -44,7 +44,7 @@ def bare_step(run: Run) -> Callable[[int], float]:
     bar = torch.cat([bars[times], torch.ones(1, dtype=torch.float64)])
     alpha, sigma = bar.sqrt().tolist(), (1 - bar).sqrt().tolist()
     guidance, steps, shape = run.sampler.guidance, run.sampler.steps, session.model.latent_shape
-    rgb = torch.tensor(run.rewards["blue"].rgb)[:, None]
+    rgb = torch.tensor(run.rewards.named["blue"].rgb)[:, None]
     frame = torch.ones(32, 32, dtype=torch.bool)
     frame[4:-4, 4:-4] = False
 

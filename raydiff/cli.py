@@ -183,7 +183,7 @@ def _train_here(run: Run) -> None:
     folder = Path(run.storage) / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     _writable(folder)
     (folder / "run.json").write_text(run.model_dump_json(indent=1))
-    device = "cpu" if run.train.use_gpu is False else _device()
+    device = "cpu" if run.pools.train.num_gpus == 0 else _device()
     first: dict[str, float] = {}
     last: dict[str, float] = {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

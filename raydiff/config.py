@@ -40,7 +40,7 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_unknown_keys(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
+        if isinstance(data, Mapping) and cls.model_config["extra"] == "forbid":
             unknown = [f"unknown key {key!r}{_nearest(key, cls.model_fields)}" for key in data if key not in cls.model_fields]
             if unknown:
                 raise ValueError("; ".join(unknown))
@@ -88,6 +88,67 @@ else:
     ModelField, MethodField, RewardField = (plugin(f"raydiff.{package}") for package in ("models", "methods", "rewards"))
 
 
+class Rewards(Config):
+    """Named rewards, `[rewards.NAME]`; the total is their weighted sum, and each part is logged."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, RewardField] = Field(init=False)
+
+    where: Literal["learner", "pool"] = "learner"
+    """Whether each training worker scores its own pictures, or asks the pool of `[pools.reward]`, for gradients too."""
+
+    @property
+    def named(self) -> dict[str, RewardField]:
+        return self.__pydantic_extra__
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        if not self.named:
+            raise ValueError('there is none; a reward is a table, [rewards.NAME] with kind = "..."')
+        if "total" in self.named:
+            raise ValueError("a reward cannot be named 'total', the name of the weighted sum; rename it")
+        return self
+
+
+class Generation(Config):
+    """Where training's samples come from."""
+
+    where: Literal["learner", "pool"] = "learner"
+    """Whether each training worker samples for itself, or the pool of `[pools.generate]` does, while the learner trains.
+    With the DRaFT family the pool walks to the point where the gradient starts and the learner takes it from there."""
+    max_staleness: int = Field(1, ge=0)
+    """Updates that the weights of a sample from the pool may lag behind those it trains: a strict bound. 0 is on-policy, and
+    the pool idles while the learner trains."""
+
+
+class Pool(Config):
+    """Replicas of one kind of worker, and where they go."""
+
+    replicas: int = Field(1, ge=1)
+    num_cpus: float = Field(1, gt=0)
+    """CPUs that each replica claims."""
+    num_gpus: float | None = Field(None, ge=0)
+    """GPUs that each replica claims, a fraction to share one. None: 1 when the cluster has any, else 0."""
+    labels: dict[str, str] = {}
+    """Node labels that a replica's node must carry, e.g. {raydiff-pool = "generate"}. Empty: any node."""
+
+    @field_validator("num_gpus")
+    @classmethod
+    def _whole(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1 and gpus != int(gpus):
+            raise ValueError("more than one GPU can only be claimed whole; use a fraction below 1, or a whole number")
+        return gpus
+
+
+class Pools(Config):
+    """Who runs where. The generate and reward pools are started only when `generation.where` and `rewards.where` say so."""
+
+    train: Pool = Pool()
+    """The workers that share each batch and, by ZeRO, the optimiser."""
+    generate: Pool = Pool()
+    reward: Pool = Pool()
+
+
 class Prompts(Config):
     """Where prompts come from: "embedded", a .txt (one a line) or .parquet (column `prompt`) file, or a list."""
 
@@ -116,7 +177,7 @@ class Sampler(Config):
 
 
 class Batch(Config):
-    """size = micro × accumulation × workers."""
+    """size = micro × accumulation × workers (pools.train.replicas)."""
 
     size: int = Field(8, ge=1)
     """Prompts per update, over all workers."""
@@ -145,10 +206,6 @@ class Train(Config):
     """How long, and on what."""
 
     updates: int = Field(100, ge=1)
-    workers: int = Field(1, ge=1)
-    use_gpu: bool | None = None
-    """None: when the cluster has a GPU."""
-    cpus_per_worker: float = Field(1, gt=0)
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: 0 = data parallel, 1 shards optimiser states, 2 also gradients, 3 also parameters."""
     checkpoint_every: int = Field(10, ge=1)
@@ -194,29 +251,23 @@ class Run(Config):
     """Folder, or any URI that pyarrow writes to, for checkpoints, pictures and the adapter."""
     model: ModelField
     method: MethodField
-    rewards: dict[str, RewardField] = Field(min_length=1)
-    """Named rewards; the total is their weighted sum, and each part is logged."""
+    rewards: Rewards
     prompts: Prompts = Prompts()
     sampler: Sampler = Sampler()
+    generation: Generation = Generation()
+    pools: Pools = Pools()
     batch: Batch = Batch()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     tracking: Tracking = Tracking()
 
-    @field_validator("rewards")
-    @classmethod
-    def _names(cls, rewards: dict[str, Any]) -> dict[str, Any]:
-        if "total" in rewards:
-            raise ValueError("a reward cannot be named 'total', the name of the weighted sum; rename it")
-        return rewards
-
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         geometry(self)
-        if twice := self.rewards.keys() & self.evaluate.rewards.keys():
+        if twice := self.rewards.named.keys() & self.evaluate.rewards.keys():
             raise ValueError(f"evaluate.rewards: {sorted(twice)} is trained on too; a held-out reward needs another name")
-        for part in (self.model, self.method, *self.rewards.values(), *self.evaluate.rewards.values()):
+        for part in (self.model, self.method, *self.rewards.named.values(), *self.evaluate.rewards.values()):
             part.check(self)
         return self
 
@@ -238,14 +289,14 @@ class Geometry(Config):
 
 def geometry(run: Run, workers: int | None = None) -> Geometry:
     """Batch geometry of a run. Raises ValueError, with sizes that would do, when the batch cannot be divided."""
-    workers, size, micro = workers or run.train.workers, run.batch.size, run.batch.micro
+    workers, size, micro = workers or run.pools.train.replicas, run.batch.size, run.batch.micro
     if size % (micro * workers):
         unit = micro * workers
         lower, upper = size // unit * unit, (size // unit + 1) * unit
         nearest = f"{lower} or {upper}" if lower else f"{upper}"
         raise ValueError(
-            f"batch.size = {size} is not divisible by batch.micro × train.workers = {micro} × {workers} = {unit}:"
-            f" set batch.size to {nearest}, or change batch.micro or train.workers"
+            f"batch.size = {size} is not divisible by batch.micro × pools.train.replicas = {micro} × {workers} = {unit}:"
+            f" set batch.size to {nearest}, or change batch.micro or pools.train.replicas"
         )
     return Geometry(micro=micro, accumulation=size // (micro * workers), workers=workers, size=size)
 

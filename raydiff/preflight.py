@@ -12,10 +12,12 @@ from raydiff.data.prompts import read_both
 def faults(run: Run) -> list[str]:
     """One line per fault, each with its dotted path and the way out; [] when there is none. Loads no weights."""
     parts = {"model": run.model, "method": run.method}
-    parts |= {f"rewards.{name}": r for name, r in run.rewards.items()}
+    parts |= {f"rewards.{name}": r for name, r in run.rewards.named.items()}
     parts |= {f"evaluate.rewards.{name}": r for name, r in run.evaluate.rewards.items()}
     found = []
     for path, part in parts.items():
+        if getattr(part, "runtime_env", None):
+            continue  # its packages are not here
         try:
             part.preflight()
         except (ValueError, OSError, ImportError) as error:

@@ -6,7 +6,7 @@ Legend: B prompts, G attempts, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from raydiff.config import Geometry, Run, geometry
 from raydiff.core.denoise import mix
 from raydiff.core.learner import Ema, Engine, learning_rate_factor, swapped, update
 from raydiff.core.policy import Calls, Policy
-from raydiff.core.reward_vjp import weighted_sum
+from raydiff.core.reward_vjp import Score, weighted_sum
 from raydiff.core.rollouts import Rollouts
 from raydiff.data.prompts import read_both, tickets
 
@@ -34,6 +34,29 @@ class Picture:
     image: Tensor  # (3,H,W) uint8, on the CPU
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Who answers when pictures are scored: for training, and for evaluation, which asks for held-out rewards too.
+
+    Rewards that count for nothing in a total are parts with weight 0.
+    """
+
+    training: Score
+    evaluation: Score
+
+    @classmethod
+    def here(cls, run: Run, device: torch.device | str) -> Scores:
+        """The run's rewards, built on a device."""
+        trained = {name: reward.build(device) for name, reward in run.rewards.named.items()}
+        held_out = {name: reward.build(device) for name, reward in run.evaluate.rewards.items()}
+        return cls(weighted_sum(trained, weights(run)), weighted_sum({**trained, **held_out}, weights(run)))
+
+
+def weights(run: Run) -> dict[str, float]:
+    """Each reward's factor in the total; 0 for what is only measured."""
+    return {**{name: r.weight for name, r in run.rewards.named.items()}, **dict.fromkeys(run.evaluate.rewards, 0.0)}
+
+
 @dataclass
 class Session:
     """A run's objects on one device. `denoiser` starts as the model's own; an engine that wraps it is put in its place."""
@@ -42,6 +65,7 @@ class Session:
     device: torch.device | str = "cpu"
     rank: int = 0
     workers: int = 1
+    scores: Scores | None = None  # None: the rewards are built here
     ema: Ema | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -55,21 +79,18 @@ class Session:
             checkpointing=run.train.gradient_checkpointing,
         )
         self.method = run.method
-        sampler = run.sampler
+        sampler, scores = run.sampler, self.scores or Scores.here(run, self.device)
         self.policy = Policy(
             model=self.model,
             denoiser=self.model.denoiser,
             schedule=self.model.schedule(sampler.steps, sampler.spacing, sampler.final_alpha),
-            score=_score(run.rewards, self.device),
+            score=scores.training,
             guidance=sampler.guidance,
             eta=sampler.eta,
             detach_negative=sampler.detach_negative,
             gradient_checkpointing=run.train.gradient_checkpointing,
         )
-        # Evaluation asks for more rewards and must not count as training's cost.
-        self.judge = replace(
-            self.policy, score=_score({**run.rewards, **run.evaluate.rewards}, self.device, list(run.rewards)), calls=Calls()
-        )
+        self.judge = replace(self.policy, score=scores.evaluation, calls=Calls())  # which is not training's cost
         if run.optimizer.ema is not None:
             self.ema = Ema(self.model.trained(), run.optimizer.ema)
 
@@ -87,29 +108,43 @@ class Session:
         return adam, LambdaLR(adam, lambda step: learning_rate_factor(step, warmup=o.warmup, updates=updates, shape=o.schedule))
 
     def batches(self, step: int) -> Iterator[Rollouts]:
-        """This worker's micro-batches of an update, sampled with the current weights up to the last point the method keeps.
+        """This worker's micro-batches of an update, sampled with the current weights.
 
         Micro-batch m of an update goes to worker m mod workers, so the update's batch does not depend on their number.
         """
-        run, steps = self.run, self.policy.schedule.steps
-        kept = self.method.keep(steps, torch.Generator().manual_seed(mix(run.seed, 3, step)))
-        slots = tickets(run, self.train_prompts, step)
         for a in range(self.geometry.accumulation):
-            start = (a * self.workers + self.rank) * run.batch.micro
-            prompts, base = zip(*slots[start : start + run.batch.micro], strict=True)
-            yield self.sample(prompts, base, kept)
+            yield self.scored(self.sample(step, a * self.workers + self.rank))
 
-    def sample(self, prompts: tuple[str, ...], base: tuple[int, ...], kept: tuple[int, ...]) -> Rollouts:
-        """Rollouts of G attempts for each prompt; the attempts' seeds follow from the ticket's."""
-        attempts = self.method.attempts
+    def sample(self, step: int, m: int) -> Rollouts:
+        """Micro-batch m of an update, up to the last point the method keeps: G attempts for each of its prompts.
+
+        Prompts and seeds are a function of the run, `step` and `m`, whoever samples.
+        """
+        run, attempts, size = self.run, self.method.attempts, self.run.batch.micro
+        kept = self.kept(step)
+        prompts, base = zip(*tickets(run, self.train_prompts, step)[m * size : (m + 1) * size], strict=True)
         seeds = torch.tensor([[mix(seed, g) for g in range(attempts)] for seed in base])
         flat = [prompt for prompt in prompts for _ in range(attempts)]
         _, points = self.policy.sample(flat, seeds.flatten().tolist(), last=max(kept), keep=kept)
         return Rollouts(prompts, seeds, points.unflatten(0, seeds.shape), kept)
 
-    def update(self, engine: Engine, step: int) -> dict[str, float]:
-        """One optimiser update: the mean of the method's metrics over this worker's micro-batches."""
-        return update(engine, self.method, self.policy, self.batches(step))
+    def kept(self, step: int) -> tuple[int, ...]:
+        """The grid points that an update's samples keep: a function of the run and `step`."""
+        return self.method.keep(self.policy.schedule.steps, torch.Generator().manual_seed(mix(self.run.seed, 3, step)))
+
+    @torch.no_grad()
+    def scored(self, rollouts: Rollouts) -> Rollouts:
+        """The rollouts with rewards, if the method needs them and they have none."""
+        if not self.method.needs_rewards or rollouts.rewards is not None:
+            return rollouts
+        clean = rollouts.at(self.policy.schedule.steps)
+        total, parts = self.policy.rewards(clean, rollouts.flat_prompts(), rollouts.flat_seeds())
+        shape = rollouts.seeds.shape
+        return replace(rollouts, rewards={name: r.view(shape) for name, r in {"total": total, **parts}.items()})
+
+    def update(self, engine: Engine, step: int, batches: Iterable[Rollouts] | None = None) -> dict[str, float]:
+        """One optimiser update on this worker's `batches`, or on its own samples: the mean of the method's metrics."""
+        return update(engine, self.method, self.policy, self.batches(step) if batches is None else batches)
 
     @torch.no_grad()
     def evaluate(self) -> list[Picture]:
@@ -142,12 +177,6 @@ class Session:
 def summary(pictures: list[Picture], prefix: str = "held_out") -> dict[str, float]:
     """Mean of each reward over pictures: {"held_out/total": ..., ...}."""
     return {f"{prefix}/{name}": sum(p.rewards[name] for p in pictures) / len(pictures) for name in pictures[0].rewards}
-
-
-def _score(rewards: Mapping[str, Any], device: torch.device | str, counted: list[str] | None = None) -> Any:
-    """Weighted sum of built rewards; those outside `counted` are parts with weight 0."""
-    weights = {name: r.weight if counted is None or name in counted else 0.0 for name, r in rewards.items()}
-    return weighted_sum({name: r.build(device) for name, r in rewards.items()}, weights)
 
 
 def _nothing() -> Any:

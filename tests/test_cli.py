@@ -181,6 +181,6 @@ def test_plan_prints_and_refuses(call: Call, recipe: Path) -> None:
     assert code == 0, err
     assert "2 prompts an update = 2 a micro-batch × 1 accumulated × 1 worker" in out
     assert "memory of a worker" in out
-    code, out, _ = call("plan", recipe, "train.cpus_per_worker=5000")
+    code, out, _ = call("plan", recipe, "pools.train.num_cpus=5000")
     assert code == 2
-    assert "set train.cpus_per_worker to" in out
+    assert "set pools.train.num_cpus to" in out

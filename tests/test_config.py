@@ -57,9 +57,9 @@ def test_overrides_take_toml_values_and_are_validated_again(recipe: Path) -> Non
         recipe, ["method.k=3", "model.lora.rank=4", "name=other", "rewards.blue.rgb=[0.0, 0.5, 1.0]", "optimizer.ema=0.9"]
     )
     assert (run.method.k, run.model.lora.rank, run.name, run.optimizer.ema) == (3, 4, "other", 0.9)
-    assert run.rewards["blue"].rgb == (0.0, 0.5, 1.0)
+    assert run.rewards.named["blue"].rgb == (0.0, 0.5, 1.0)
     assert load(recipe, ["optimizer.ema=0.9", "optimizer.ema=none"]).optimizer.ema is None
-    assert override(run, {"method.k": 5, "rewards.blue.weight": 2.0}).rewards["blue"].weight == 2.0
+    assert override(run, {"method.k": 5, "rewards.blue.weight": 2.0}).rewards.named["blue"].weight == 2.0
     assert override(run, {}) == run
     with pytest.raises(ConfigError, match="method.k = 11"):
         override(run, {"method.k": 11})
@@ -97,7 +97,7 @@ def test_flat_has_a_scalar_for_every_dotted_path(recipe: Path) -> None:
             ["rewards.size: kind = 'jpeg_size' has no gradient", "'draft_k'", "evaluate.rewards.size"],
         ),
         ({"batch.size": 7, "batch.micro": 2}, ["batch.size = 7 is not divisible", "2 × 1 = 2", "6 or 8"]),
-        ({"train.workers": 3}, ["4 × 3 = 12", "set batch.size to 12"]),
+        ({"pools.train.replicas": 3}, ["4 × 3 = 12", "set batch.size to 12"]),
         ({"evaluate.rewards.blue.kind": "symmetry"}, ["evaluate.rewards: ['blue'] is trained on too"]),
         ({"rewards.total.kind": "symmetry"}, ["cannot be named 'total'"]),
         ({"model.train": "full", "model.dtype": "bfloat16"}, ["model.dtype = 'bfloat16'", "float32"]),

@@ -9,8 +9,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from raydiff.config import ConfigError, Run, geometry
+from raydiff.config import ConfigError, Run, geometry, override
 from raydiff.local import fit
+from raydiff.placement import Node
 from raydiff.plan import Machine, plan
 from raydiff.plan.cost import Backward
 from raydiff.plan.memory import GIB, Live, Memory
@@ -18,8 +19,8 @@ from raydiff.plan.render import render
 from raydiff.session import Session
 
 Make = Callable[..., Run]
-LAPTOP = Machine("this machine", cpus=8, memory=16 * GIB)
-GPUS = Machine("the cluster", cpus=64, gpus=4, gpu_memory=16 * GIB)
+LAPTOP = Machine("this machine", (Node(8),), memory=16 * GIB)
+GPUS = Machine("the cluster", (Node(64, 4),), gpu_memory=16 * GIB)
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("draft", {}),
     ("draft_k", {"method.k": 2, "sampler.guidance": 1.0}),
@@ -85,7 +86,7 @@ def test_many_steps_with_gradient_are_extrapolated_well(tiny_run: Make, monkeypa
 def test_states_follow_the_zero_stage_and_dtype(tiny_run: Make) -> None:
     def memory(**changes: Any) -> Memory:
         run = tiny_run(
-            "draft_k", {"train.workers": 2, "batch.micro": 2, **{k.replace("_", ".", 1): v for k, v in changes.items()}}
+            "draft_k", {"pools.train.replicas": 2, "batch.micro": 2, **{k.replace("_", ".", 1): v for k, v in changes.items()}}
         )
         found = plan(run, LAPTOP).memory
         assert found is not None
@@ -124,12 +125,15 @@ def test_all_missing_files_are_listed(tiny_run: Make, tmp_path: Path) -> None:
 
 
 def test_too_few_cpus_and_gpus_name_the_number(tiny_run: Make) -> None:
-    run = tiny_run("draft_k", {"train.workers": 4, "batch.micro": 1, "train.cpus_per_worker": 3, "train.use_gpu": True})
-    cpus, gpus = plan(run, LAPTOP).problems
-    assert "12 CPUs, and this machine has 8: set train.workers to 2" in cpus
-    assert "set train.use_gpu to false" in gpus
+    run = tiny_run(
+        "draft_k", {"pools.train.replicas": 4, "batch.micro": 1, "pools.train.num_cpus": 3, "pools.train.num_gpus": 1}
+    )
+    (gpus,) = plan(run, LAPTOP).problems
+    assert "pools.train: 4 × (3 CPUs, 1 GPUs) = 12 CPUs and 4 GPUs; this machine has 8 CPUs and 0 GPUs left" in gpus
+    assert "set pools.train.num_gpus to 0" in gpus
     assert not plan(run, GPUS).problems
-    assert plan(run, GPUS).gpus == 4
+    (cpus,) = plan(override(run, {"pools.train.num_gpus": 0}), LAPTOP).problems
+    assert "room for 2: set pools.train.replicas to 2" in cpus
 
 
 def test_too_little_memory_names_a_batch_that_fits(tiny_run: Make) -> None:
@@ -137,10 +141,10 @@ def test_too_little_memory_names_a_batch_that_fits(tiny_run: Make) -> None:
     memory = plan(run, LAPTOP).memory
     assert memory is not None
     room = memory.states + memory.update // 2
-    (problem,) = plan(run, Machine("this machine", cpus=8, memory=room)).problems
+    (problem,) = plan(run, Machine("this machine", (Node(8),), memory=room)).problems
     assert problem.startswith("batch.micro = 12 needs about")
     assert problem.endswith("set batch.micro to 6")
-    tight = plan(run, Machine("this machine", cpus=8, memory=memory.states)).problems[0]
+    tight = plan(run, Machine("this machine", (Node(8),), memory=memory.states)).problems[0]
     assert 'model.dtype to "bfloat16"' in tight
 
 
@@ -152,10 +156,10 @@ def test_impossible_runs_are_refused_while_parsed(tiny_run: Make) -> None:
 
 
 def test_rendering_shows_figures_and_problems(tiny_run: Make) -> None:
-    run = tiny_run("draft_k", {"train.workers": 2})
+    run = tiny_run("draft_k", {"pools.train.replicas": 2})
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(render(plan(run, Machine("this machine", cpus=1, memory=GIB))))
+    console.print(render(plan(run, Machine("this machine", (Node(1),), memory=GIB))))
     text = console.export_text()
     assert str(geometry(run)) in text
     assert "denoiser forward" in text
-    assert "cannot work: train.workers = 2" in text
+    assert "cannot work: pools.train: 2 × (1 CPUs)" in text

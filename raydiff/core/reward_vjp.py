@@ -47,12 +47,15 @@ def score_and_grad(score: Score) -> ScoreAndGrad:
     return served
 
 
-def with_remote_gradient(remote: ScoreAndGrad) -> Score:
-    """A Score that backpropagates through `remote`: the inverse of `score_and_grad`, exact by the chain rule."""
+def with_remote_gradient(remote: ScoreAndGrad, plain: Score | None = None) -> Score:
+    """A Score that backpropagates through `remote`: the inverse of `score_and_grad`, exact by the chain rule.
+
+    Where no gradient is wanted, `plain` answers if it is given.
+    """
 
     def score(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Parts]:
         if not (torch.is_grad_enabled() and images.requires_grad):
-            total, parts, _ = remote(images, prompts)
+            total, parts = plain(images, prompts) if plain else remote(images, prompts)[:2]
             return total, parts
         parts_out: Parts = {}
         return RewardVJP.apply(images, prompts, remote, parts_out), parts_out

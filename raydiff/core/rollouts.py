@@ -5,8 +5,9 @@ Legend: B prompts, G attempts per prompt, N kept points, C h w latent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ class Rollouts:
     seeds: Tensor  # (B,G) int64: with the weights' version, they determine the latents
     latents: Tensor  # (B,G,N,C,h,w) fp32: half precision would move log-ratios by more than their clip
     kept: tuple[int, ...]  # N grid points, ascending
-    rewards: Tensor | None = None  # (B,G)
+    rewards: Mapping[str, Tensor] | None = None  # by name, with "total": (B,G) each
+    log_probs: Tensor | None = None  # (B,G,S) of each step under the weights that sampled it, summed over C,h,w
     version: int = 0  # of the weights that sampled
     digest: str = ""
 
@@ -28,7 +30,8 @@ class Rollouts:
         b, g = self.seeds.shape
         assert len(self.prompts) == b, f"{len(self.prompts)} prompts, seeds {tuple(self.seeds.shape)}"
         assert self.latents.shape[:3] == (b, g, len(self.kept)), f"latents {tuple(self.latents.shape)}, kept {self.kept}"
-        assert self.rewards is None or self.rewards.shape == (b, g)
+        assert self.rewards is None or all(r.shape == (b, g) for r in self.rewards.values())
+        assert self.log_probs is None or self.log_probs.shape[:2] == (b, g)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -51,24 +54,34 @@ class Rollouts:
             prompts=tuple(self.prompts[i] for i in index.tolist()),
             seeds=self.seeds[index],
             latents=self.latents[index],
-            rewards=None if self.rewards is None else self.rewards[index],
+            rewards=None if self.rewards is None else {name: r[index] for name, r in self.rewards.items()},
+            log_probs=None if self.log_probs is None else self.log_probs[index],
         )
 
     def to(self, device: torch.device | str) -> Rollouts:
-        rewards = None if self.rewards is None else self.rewards.to(device)
-        return replace(self, seeds=self.seeds.to(device), latents=self.latents.to(device), rewards=rewards)
+        return replace(
+            self,
+            seeds=self.seeds.to(device),
+            latents=self.latents.to(device),
+            rewards=None if self.rewards is None else {name: r.to(device) for name, r in self.rewards.items()},
+            log_probs=None if self.log_probs is None else self.log_probs.to(device),
+        )
 
     @staticmethod
     def cat(parts: Sequence[Rollouts]) -> Rollouts:
-        """One batch of several. Raises ValueError unless they kept the same points and share one weights version."""
+        """One batch of several. Raises ValueError unless points, parts and the weights' version are the same."""
         first = parts[0]
-        if any((p.kept, p.version, p.digest) != (first.kept, first.version, first.digest) for p in parts):
-            raise ValueError("rollouts that kept other points, or came from other weights, cannot be one batch")
-        rewards = None if first.rewards is None else torch.cat([p.rewards for p in parts])  # type: ignore[misc]
+
+        def kind(p: Rollouts) -> Any:
+            return p.kept, p.version, p.digest, p.rewards and tuple(p.rewards), p.log_probs is None
+
+        if any(kind(p) != kind(first) for p in parts):
+            raise ValueError("rollouts with other points or parts, or from other weights, cannot be one batch")
         return replace(
             first,
             prompts=sum((p.prompts for p in parts), ()),
             seeds=torch.cat([p.seeds for p in parts]),
             latents=torch.cat([p.latents for p in parts]),
-            rewards=rewards,
+            rewards=first.rewards and {name: torch.cat([p.rewards[name] for p in parts]) for name in first.rewards},  # type: ignore[index]
+            log_probs=None if first.log_probs is None else torch.cat([p.log_probs for p in parts]),  # type: ignore[misc]
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from raydiff import assets
 from raydiff.config import Prompts, Run
@@ -46,7 +48,12 @@ def tickets(run: Run, prompts: tuple[str, ...], step: int) -> list[tuple[str, in
 
     def one(slot: int) -> tuple[str, int]:
         epoch, place = divmod(slot, len(prompts))
-        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(mix(run.seed, 1, epoch)))
-        return prompts[int(order[place])], mix(run.seed, 2, slot)
+        return prompts[int(_order(len(prompts), mix(run.seed, 1, epoch))[place])], mix(run.seed, 2, slot)
 
     return [one(slot) for slot in range(step * run.batch.size, (step + 1) * run.batch.size)]
+
+
+@lru_cache(maxsize=2)
+def _order(n: int, seed: int) -> Tensor:
+    """One pass over n prompts."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))

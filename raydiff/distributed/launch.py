@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
 import shlex
@@ -13,15 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raydiff import placement
 from raydiff.config import ConfigError, Run, geometry
 from raydiff.distributed import checkpoint, learn, tracking
 from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.ranks import Refused
 from raydiff.distributed.storage import Folder, StorageError
 from raydiff.distributed.tracking import Board, Tracker
+from raydiff.plan import cluster_nodes
 from raydiff.preflight import faults
 
 RUN = "run.json"
+_PATIENCE = 20.0  # seconds that an autoscaling cluster gets to show a node
 _POLL = 0.5  # seconds between looks at the board
 _ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # Ray's own 15 starves workers on a shared machine
@@ -64,7 +66,7 @@ def train(run: Run, *, resume: str | Path | None = None) -> Result:
         folder.write(RUN, run.model_dump_json(indent=1).encode())
         tracker = tracking.start(run, experiment.result(), folder.name, folder)
         progress.waiting("starting workers")
-        if short := _not_free(run, use_gpu):
+        if short := _not_free(run):
             progress.say(f"waiting for {short}: other work holds them")
         board = _board(tracker, folder)
         status = "FAILED"
@@ -99,7 +101,7 @@ def preflight(run: Run) -> None:
 
 
 def connect(run: Run) -> bool:
-    """Connect to Ray unless that is done, and check that the workers fit. Returns whether they use GPUs."""
+    """Connect to Ray unless that is done, and check that the pools fit. Returns whether the workers use GPUs."""
     import ray
 
     for name, value in _ENVIRONMENT.items():
@@ -107,37 +109,25 @@ def connect(run: Run) -> bool:
     if not ray.is_initialized():
         local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
         ray.init(log_to_driver=False, logging_level="ERROR", **local)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    use_gpu = run.train.use_gpu if run.train.use_gpu is not None else any(node.get("GPU", 0) >= 1 for node in nodes)
-    check_fits(run, nodes, use_gpu)
-    return use_gpu
+    check_fits(run)
+    return placement.claims(run, cluster_nodes())[0].gpus > 0
 
 
-def check_fits(run: Run, nodes: list[dict[str, float]], use_gpu: bool) -> None:
-    """Raise ConfigError, with the sum, when a cluster of nodes with these resources can never hold the workers."""
-    workers, cpus = run.train.workers, run.train.cpus_per_worker
-    places = sum(
-        min(math.floor(node.get("CPU", 0) / cpus + 1e-9), math.floor(node.get("GPU", 0)) if use_gpu else workers)
-        for node in nodes
-    )
-    if places >= workers:
-        return
-    have = f"{sum(node.get('CPU', 0) for node in nodes):g} CPUs"
-    need = f"{workers} workers × {cpus:g} CPUs = {workers * cpus:g} CPUs"
-    if use_gpu:
-        have += f" and {sum(node.get('GPU', 0) for node in nodes):g} GPUs"
-        need += f" and {workers} GPUs"
-    raise ConfigError(
-        f"train.workers = {workers} needs {need}; the cluster has {have} on {len(nodes)} node{'s' if len(nodes) > 1 else ''},"
-        f" room for {places}: lower train.workers{' or train.cpus_per_worker' if places or cpus > 1 else ''}, or add nodes"
-    )
+def check_fits(run: Run, patience: float = _PATIENCE) -> None:
+    """Raise ConfigError, with the sums, when the cluster has no room for the run's pools, nor gets it in `patience` seconds."""
+    end = time.monotonic() + patience
+    while found := placement.faults(run, cluster_nodes(), "the cluster"):
+        if time.monotonic() > end or not os.environ.get("RAY_ADDRESS"):  # a local cluster does not grow
+            raise ConfigError("\n".join(found))
+        time.sleep(_POLL)
 
 
-def _not_free(run: Run, use_gpu: bool) -> str:
+def _not_free(run: Run) -> str:
+    """What other work holds of the resources that the pools claim."""
     import ray
 
-    free, workers = ray.available_resources(), run.train.workers
-    need = {"CPU": workers * run.train.cpus_per_worker, **({"GPU": workers} if use_gpu else {})}
+    free, claims = ray.available_resources(), placement.claims(run, cluster_nodes())
+    need = {"CPU": sum(c.replicas * c.cpus for c in claims), "GPU": sum(c.replicas * c.gpus for c in claims)}
     return " and ".join(f"{n:g} {name}s, {free.get(name, 0):g} are free" for name, n in need.items() if free.get(name, 0) < n)
 
 
@@ -179,13 +169,19 @@ def _fit(run: Run, folder: Folder, board: Any, use_gpu: bool) -> Future[dict[str
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    resources: dict[str, float] = {"CPU": run.train.cpus_per_worker, **({"GPU": 1} if use_gpu else {})}
+    claim = placement.claims(run, cluster_nodes())[0]
+    resources = {"CPU": claim.cpus, **({"GPU": claim.gpus} if use_gpu else {})}
     trainer = TorchTrainer(
         learn.work,
         train_loop_config={"run": run.model_dump_json(), "folder": folder.uri, "board": board},
         # gloo's own timeout leaves the other workers waiting for half an hour
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=300),
-        scaling_config=ScalingConfig(num_workers=run.train.workers, use_gpu=use_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=claim.replicas,
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+            label_selector=dict(claim.labels) or None,
+        ),
         run_config=RunConfig(
             name=folder.name,
             storage_path=folder.uri.rpartition("/")[0],

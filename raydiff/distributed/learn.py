@@ -43,7 +43,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
             run = Run.model_validate_json(config["run"])
         device = ray.train.torch.get_device()
         if device.type == "cpu":
-            torch.set_num_threads(max(1, int(run.train.cpus_per_worker)))
+            torch.set_num_threads(max(1, int(run.pools.train.num_cpus)))
         return Worker(run, device, ranks, Folder(config["folder"]), config["board"]).train()
     except Refused as refusal:
         return {"refused": (refusal.kind, refusal.message)}

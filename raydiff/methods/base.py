@@ -24,6 +24,23 @@ class Method(PluginConfig):
         """Whether the loss calls `policy.model.reference()`; full fine-tuning then keeps a frozen copy."""
         return False
 
+    @property
+    def needs_rewards(self) -> bool:
+        """Whether rollouts are scored before the loss, the rewards as black boxes; the clean end must be kept then."""
+        return False
+
+    @property
+    def needs_log_probs(self) -> bool:
+        """Whether rollouts carry the log-probability of each step under the weights that sampled it."""
+        return False
+
+    def check(self, run: Run) -> None:
+        if run.generation.where == "pool" and max(self.keep(run.sampler.steps, torch.Generator())) == 0:
+            raise ValueError(
+                f'generation.where = "pool": method.kind = {self.kind!r} differentiates all {run.sampler.steps} steps here,'
+                ' which leaves a pool nothing to do; set generation.where to "learner", or differentiate fewer steps (draft_k)'
+            )
+
     def keep(self, steps: int, rng: torch.Generator) -> tuple[int, ...]:
         """Grid points 0..steps to keep; sampling stops at the last one. `rng` is the same on every worker."""
         raise NotImplementedError
@@ -45,9 +62,10 @@ class RewardGradientMethod(Method):
         return self.kl > 0
 
     def check(self, run: Run) -> None:
+        super().check(run)
         if self.kl < 0:
             raise ValueError(f"method.kl = {self.kl} is negative; use 0 or more")
-        for name, reward in run.rewards.items():
+        for name, reward in run.rewards.named.items():
             if not reward.differentiable:
                 raise ValueError(
                     f"rewards.{name}: kind = {reward.kind!r} has no gradient, and method.kind = {self.kind!r} needs one:"

@@ -19,6 +19,6 @@ class Plugin(Draft):
         return self.k
 
     def check(self, run: Run) -> None:
-        super().check(run)
         if self.k > run.sampler.steps:
             raise ValueError(f"method.k = {self.k} is more than sampler.steps = {run.sampler.steps}: lower k, or use draft")
+        super().check(run)

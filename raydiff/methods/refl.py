@@ -30,6 +30,6 @@ class Plugin(Draft):
         return policy.schedule.split(predict(x, policy.schedule.time(point, x)), x, point)[0]
 
     def check(self, run: Run) -> None:
-        super().check(run)
         if self.last_steps > run.sampler.steps:
             raise ValueError(f"method.last_steps = {self.last_steps} exceeds sampler.steps = {run.sampler.steps}: lower it")
+        super().check(run)

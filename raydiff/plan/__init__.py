@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 
+from raydiff import placement
 from raydiff.config import Geometry, Run, geometry
 from raydiff.core.policy import Calls
+from raydiff.placement import Claim, Node
 from raydiff.plan.cost import count
 from raydiff.plan.memory import Memory, gib, measure
 from raydiff.preflight import faults
@@ -25,10 +27,17 @@ class Machine:
     """What there is to run on."""
 
     where: str
-    cpus: float
-    gpus: float = 0
+    nodes: tuple[Node, ...]
     memory: int | None = None  # bytes of the whole machine; None: not known
     gpu_memory: int | None = None  # bytes of one GPU
+
+    @property
+    def cpus(self) -> float:
+        return sum(node.cpus for node in self.nodes)
+
+    @property
+    def gpus(self) -> float:
+        return sum(node.gpus for node in self.nodes)
 
 
 @dataclass(frozen=True)
@@ -41,8 +50,7 @@ class Plan:
     evaluations: int
     total: Calls
     memory: Memory | None
-    cpus: float
-    gpus: float
+    claims: tuple[Claim, ...]
     machine: Machine
     problems: tuple[str, ...]
     """Why the run cannot work, each with what to change."""
@@ -52,11 +60,8 @@ class Plan:
 
 def plan(run: Run, machine: Machine) -> Plan:
     """Look at a run and at a machine, or at a cluster's resources. Loads no weights."""
-    workers = run.train.workers
-    problems, notes = faults(run), []
-    gpu = machine.gpus > 0 if run.train.use_gpu is None else run.train.use_gpu
-    cpus, gpus = workers * run.train.cpus_per_worker, float(workers) if gpu else 0.0
-    problems += _too_small(run, machine, cpus, gpus)
+    problems, notes = faults(run) + placement.faults(run, machine.nodes, machine.where), []
+    claims = placement.claims(run, machine.nodes)
 
     update, evaluation = count(run)
     evaluations = 1 + sum(s % run.evaluate.every == 0 or s == run.train.updates for s in range(1, run.train.updates + 1))
@@ -81,7 +86,7 @@ def plan(run: Run, machine: Machine) -> Plan:
         except ValueError as error:
             problems.append(str(error))
     if memory is not None:
-        problems += _too_big(run, machine, memory, gpu)
+        problems += _too_big(run, machine, memory, gpu=claims[0].gpus > 0)
         notes.append(
             "memory: bytes live at once, traced on the model's shapes with flash-type attention; the allocator's slack (about"
             " a tenth), the CUDA context or the Python process (0.5-1 GiB), DeepSpeed's buckets and the rewards' own weights"
@@ -89,7 +94,7 @@ def plan(run: Run, machine: Machine) -> Plan:
         )
     return Plan(
         run.name, geometry(run), parameters, update, evaluation, evaluations, total, memory,
-        cpus, gpus, machine, tuple(problems), tuple(notes),
+        tuple(claims), machine, tuple(problems), tuple(notes),
     )  # fmt: skip
 
 
@@ -102,16 +107,26 @@ def machine() -> Machine:
             if not ray.is_initialized():
                 ray.init(address=address, logging_level="ERROR", log_to_driver=False)
                 stack.callback(ray.shutdown)
-            resources = ray.cluster_resources()
-        return Machine(f"the cluster at {address}", resources.get("CPU", 0), resources.get("GPU", 0))
+            return Machine(f"the cluster at {address}", tuple(cluster_nodes()))
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpus = torch.cuda.device_count()
     return Machine(
         where="this machine",
-        cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        gpus=gpus,
+        nodes=(Node(cpus, gpus),),
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         gpu_memory=torch.cuda.get_device_properties(0).total_memory if gpus else None,
     )
+
+
+def cluster_nodes() -> list[Node]:
+    """The nodes of the Ray cluster that is connected."""
+    import ray
+
+    return [
+        Node(node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0), node["Labels"])
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
 def model_folder(run: Run) -> Path | None:
@@ -134,29 +149,12 @@ def model_folder(run: Run) -> Path | None:
     return Path(str(found[0])).parents[1] if all(isinstance(f, str) for f in found) else None
 
 
-def _too_small(run: Run, machine: Machine, cpus: float, gpus: float) -> list[str]:
-    """Workers that the machine or cluster cannot hold."""
-    workers, each, found = run.train.workers, run.train.cpus_per_worker, []
-    if cpus > machine.cpus:
-        fewer = int(machine.cpus // each)
-        remedy = (
-            f"set train.workers to {fewer}" if fewer else f"set train.cpus_per_worker to {machine.cpus / workers:g} or less"
-        )
-        found.append(f"train.workers = {workers} × train.cpus_per_worker = {each:g}: {cpus:g} CPUs, and {machine.where} has"
-                      f" {machine.cpus:g}: {remedy}, or use a larger cluster")  # fmt: skip
-    if gpus > machine.gpus:
-        remedy = f"set train.workers to {machine.gpus:g}" if machine.gpus else "set train.use_gpu to false"
-        found.append(f"train.workers = {workers} with a GPU each, and {machine.where} has {machine.gpus:g}: {remedy},"
-                      " or use a larger cluster")  # fmt: skip
-    return found
-
-
 def _too_big(run: Run, machine: Machine, memory: Memory, gpu: bool) -> list[str]:
     """Workers whose memory does not fit, with the batch that would."""
     if gpu:
         room, where = machine.gpu_memory, "a GPU"
     else:
-        room, where = machine.memory and machine.memory // run.train.workers, f"a worker's share of {machine.where}"
+        room, where = machine.memory and machine.memory // run.pools.train.replicas, f"a worker's share of {machine.where}"
     if room is None or memory.total <= room:
         return []
     found = []
@@ -167,7 +165,7 @@ def _too_big(run: Run, machine: Machine, memory: Memory, gpu: bool) -> list[str]
             continue
         fits = max(0, (room - memory.states) * value // peak)
         if field == "batch.micro":
-            fits = max((m for m in range(1, fits + 1) if run.batch.size % (m * run.train.workers) == 0), default=0)
+            fits = max((m for m in range(1, fits + 1) if run.batch.size % (m * run.pools.train.replicas) == 0), default=0)
         cheaper = " or train.gradient_checkpointing to true" if not run.train.gradient_checkpointing else ""
         remedy = f"set {field} to {fits}" if fits else f'set model.dtype to "bfloat16"{cheaper}, or use a larger machine'
         found.append(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raydiff.config import Batch, Evaluate, Prompts, Run
+from raydiff.config import Batch, Evaluate, Generation, Pools, Prompts, Rewards, Run
 from raydiff.core.denoise import Predict
 from raydiff.core.policy import Calls
 from raydiff.core.schedule import Schedule
@@ -95,11 +95,12 @@ def small(run: Run, model: Any, micro: int, **sampler: Any) -> Run:
         update={
             "model": model,
             "batch": Batch(size=micro, micro=micro),
-            "train": run.train.model_copy(update={"workers": 1}),
+            "pools": Pools(),
             "optimizer": run.optimizer.model_copy(update={"ema": None}),
             "sampler": run.sampler.model_copy(update=sampler),
+            "generation": Generation(),
             "prompts": Prompts(train=("a",), held_out=("b",)),
-            "rewards": {"mean": _Mean()},
+            "rewards": Rewards.model_validate({"mean": _Mean()}),
             "evaluate": Evaluate(images=1, batch=1),
         }
     )

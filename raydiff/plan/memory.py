@@ -58,7 +58,7 @@ def measure(run: Run, folder: Path) -> tuple[dict[str, int], Memory]:
     frozen = sum(
         _bytes(t) for part in skeleton.parts().values() for t in [*part.parameters(), *part.buffers()] if id(t) not in names
     )
-    workers, stage = run.train.workers, run.train.zero_stage
+    workers, stage = run.pools.train.replicas, run.train.zero_stage
 
     def share(since: int) -> int:
         return -(-4 * count // (workers if stage >= since else 1))
@@ -98,7 +98,7 @@ def _peak_of_update(run: Run, skeleton: Any) -> int:
 
 
 def _peak_of_evaluation(run: Run, skeleton: Any) -> int:
-    size = min(run.evaluate.batch, -(-run.evaluate.images // run.train.workers))
+    size = min(run.evaluate.batch, -(-run.evaluate.images // run.pools.train.replicas))
     with torch.no_grad(), _fused_attention(), Live([*_tensors(skeleton)]) as live:
         x = torch.empty(size, *skeleton.latent_shape, device="meta")
         skeleton.predict(skeleton.denoiser, ["a"] * size, run.sampler.guidance)(x, torch.empty(size, device="meta"))
@@ -109,10 +109,10 @@ def _peak_of_evaluation(run: Run, skeleton: Any) -> int:
 class _Traced(Session):
     """A session on the meta device, where the walk to the kept points, which has no graph, is left out."""
 
-    def sample(self, prompts: tuple[str, ...], base: tuple[int, ...], kept: tuple[int, ...]) -> Rollouts:
-        seeds = torch.zeros(len(prompts), self.method.attempts, dtype=torch.int64)
+    def sample(self, step: int, m: int) -> Rollouts:
+        kept, seeds = self.kept(step), torch.zeros(self.run.batch.micro, self.method.attempts, dtype=torch.int64)
         latents = torch.empty(*seeds.shape, len(kept), *self.model.latent_shape, device="meta")
-        return Rollouts(prompts, seeds, latents, kept)
+        return Rollouts(("a",) * len(seeds), seeds, latents, kept)
 
 
 class Live(TorchDispatchMode):

@@ -20,8 +20,13 @@ def render(plan: Plan) -> Any:
     if plan.parameters:
         others = ", ".join(f"{name} {_millions(n)}" for name, n in plan.parameters.items() if name != "trained")
         facts.add_row("trained", f"{plan.parameters['trained']:,} parameters (frozen: {others})")
-    needs = f"{plan.cpus:g} CPUs" + (f", {plan.gpus:g} GPUs" if plan.gpus else "")
-    facts.add_row("needs", f"{needs}; {plan.machine.where} has {plan.machine.cpus:g} CPUs, {plan.machine.gpus:g} GPUs")
+    for claim in plan.claims:
+        labels = f", on nodes with {', '.join(f'{k}={v}' for k, v in claim.labels.items())}" if claim.labels else ""
+        facts.add_row(f"{claim.pool} pool", f"{claim}{labels}")
+    cpus, gpus = (sum(c.replicas * each for c, each in zip(plan.claims, per, strict=True))
+                  for per in ([c.cpus for c in plan.claims], [c.gpus for c in plan.claims]))  # fmt: skip
+    needs = f"{cpus:g} CPUs" + (f", {gpus:g} GPUs" if gpus else "")
+    facts.add_row("in all", f"{needs}; {plan.machine.where} has {plan.machine.cpus:g} CPUs, {plan.machine.gpus:g} GPUs")
 
     cost = Table(title="cost, in pictures", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for i, column in enumerate(("", "an update", f"an evaluation, {plan.evaluations} of them", "the run")):

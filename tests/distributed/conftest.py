@@ -39,7 +39,8 @@ def ray_run(tiny_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFacto
                 "evaluate.rewards": {"green": {"kind": "colour", "rgb": [0.2, 0.9, 0.2]}},
                 "sampler.steps": 2,
                 "optimizer.ema": 0.6,
-                "train": {"updates": UPDATES, "workers": 2, "zero_stage": 2, "checkpoint_every": 1, "keep_checkpoints": 3},
+                "pools.train.replicas": 2,
+                "train": {"updates": UPDATES, "zero_stage": 2, "checkpoint_every": 1, "keep_checkpoints": 3},
             },
         )
         return override(base, changes or {})

@@ -92,12 +92,12 @@ def test_which_fields_may_change(tiny_run: MakeRun) -> None:
     run = tiny_run()
     saved = run.model_dump(mode="json")
     same = {
-        "train.workers": 2, "train.zero_stage": 3, "train.updates": 9, "batch.micro": 1, "storage": "elsewhere",
+        "pools.train.replicas": 2, "train.zero_stage": 3, "train.updates": 9, "batch.micro": 1, "storage": "elsewhere",
         "tracking.uri": "http://server", "evaluate.every": 1, "evaluate.rewards": {"red": {"kind": "colour"}},
     }  # fmt: skip
     checkpoint.check_same_run(saved, tiny_run(changes=same))
     with pytest.raises(ConfigError) as error:
-        checkpoint.check_same_run(saved, tiny_run("draft", {"seed": 1, "rewards.blue.weight": 2.0, "train.workers": 2}))
+        checkpoint.check_same_run(saved, tiny_run("draft", {"seed": 1, "rewards.blue.weight": 2.0, "pools.train.replicas": 2}))
     lines = str(error.value).splitlines()[1:]
     assert [line.strip().partition(":")[0] for line in lines] == ["method.k", "method.kind", "rewards.blue.weight", "seed"]
     assert lines[-1].strip() == "seed: 0 then, 1 now"

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from raydiff.config import ConfigError, Run
 from raydiff.distributed import tracking
-from raydiff.distributed.launch import _fresh, check_fits, preflight
+from raydiff.distributed.launch import _fresh, preflight
 from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.storage import Folder
 from raydiff.distributed.tracking import Board, Tracker
@@ -32,15 +32,6 @@ def test_preflight_names_every_fault(tiny_run: MakeRun, tmp_path: Path) -> None:
 def test_sqlite_needs_a_disk(tiny_run: MakeRun) -> None:
     with pytest.raises(ConfigError, match=r"tracking\.uri.*name a tracking server"):
         tracking.uri(tiny_run(changes={"storage": "mock://bucket/runs"}))
-
-
-def test_cluster_too_small(tiny_run: MakeRun) -> None:
-    run = tiny_run(changes={"train.workers": 2, "batch.micro": 1, "train.cpus_per_worker": 3})
-    check_fits(run, [{"CPU": 4}, {"CPU": 3}], use_gpu=False)
-    with pytest.raises(ConfigError, match=r"needs 2 workers × 3 CPUs = 6 CPUs; the cluster has 7 CPUs on 3 nodes, room for 1"):
-        check_fits(run, [{"CPU": 5}, {"CPU": 1}, {"CPU": 1}], use_gpu=False)
-    with pytest.raises(ConfigError, match=r"and 2 GPUs; the cluster has 16 CPUs and 1 GPUs on 1 node, room for 1"):
-        check_fits(run, [{"CPU": 16, "GPU": 1}], use_gpu=True)
 
 
 def test_fresh_runs_have_folders_of_their_own(tiny_run: MakeRun, tmp_path: Path) -> None:

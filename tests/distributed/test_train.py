@@ -138,7 +138,7 @@ def test_resume_is_refused_when_finished_or_other(uninterrupted: Result, ray_run
 
 
 def test_one_worker_is_fit(cluster: str, ray_run: MakeRun, tmp_path: Path) -> None:
-    run = ray_run({"train.workers": 1, "train.zero_stage": 1})
+    run = ray_run({"pools.train.replicas": 1, "train.zero_stage": 1})
     alone = list(fit(run, folder=tmp_path))
     result = train(run)
     last = checkpoint.latest(Folder(result.folder))
@@ -198,7 +198,7 @@ def test_ctrl_c_makes_a_checkpoint_for_any_workers(
     assert last is not None
     assert 0 < last.next_step < UPDATES
     assert f"stopped after update {last.next_step} of {UPDATES}; go on with --resume {folder.name}" in said
-    result = train(override(run, {"train.workers": 1, "train.zero_stage": 1}), resume=folder)
+    result = train(override(run, {"pools.train.replicas": 1, "train.zero_stage": 1}), resume=folder)
     print(f"2 workers at ZeRO-2, resumed by 1 at ZeRO-1: adapter {distance(result, uninterrupted):.1e} relative")
     assert distance(result, uninterrupted) < 1e-5
     assert steps(result) == [1, 2, 3, 4]
@@ -230,7 +230,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_full_disk_keeps_the_last_checkpoint(cluster: str, ray_run: MakeRun, tmp_path: Path, small_disk: Path) -> None:
     changes = {"storage": str(small_disk), "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db", "evaluate.every": 4}
-    run = ray_run({**changes, "train.workers": 1, "rewards.blue.pause": 0.3})
+    run = ray_run({**changes, "pools.train.replicas": 1, "rewards.blue.pause": 0.3})
     ballast = small_disk / "ballast"
 
     def fill() -> None:

@@ -1,0 +1,113 @@
+"""Where a run's processes go: what each pool claims, and whether a machine or a cluster has room for all of them.
+
+Ray waits for ever for a place that does not exist, so this is asked before anything starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from raydiff.config import Pool, Run
+from raydiff.rewards.base import RewardConfig
+
+TRAIN, GENERATE, REWARD = "train", "generate", "reward"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine of a cluster, with everything that it has."""
+
+    cpus: float
+    gpus: float = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Processes of one pool, each with what it claims and the labels that its node must carry."""
+
+    pool: str
+    replicas: int
+    cpus: float
+    gpus: float
+    labels: Mapping[str, str]
+
+    def fits(self, node: Node) -> bool:
+        return all(node.labels.get(key) == value for key, value in self.labels.items())
+
+    def __str__(self) -> str:
+        return f"{self.replicas} × ({self.cpus:g} CPUs{f', {self.gpus:g} GPUs' if self.gpus else ''})"
+
+
+def claims(run: Run, nodes: Sequence[Node]) -> list[Claim]:
+    """What the pools of a run claim on this cluster, the trainers first. The rest that raydiff starts claims nothing."""
+    pools = run.pools
+    found = [claim(TRAIN, pools.train, nodes)]
+    if run.generation.where == "pool":
+        found.append(claim(GENERATE, pools.generate, nodes))
+    if run.rewards.where == "pool":
+        found.append(claim(REWARD, pools.reward, nodes, groups=len(reward_groups(run))))
+    return found
+
+
+def claim(name: str, pool: Pool, nodes: Sequence[Node], groups: int = 1) -> Claim:
+    """One pool's claim: where the run leaves GPUs open, one for each replica on a cluster that has any."""
+    gpus = float(any(node.gpus >= 1 for node in nodes)) if pool.num_gpus is None else pool.num_gpus
+    return Claim(name, pool.replicas * groups, pool.num_cpus, gpus, pool.labels)
+
+
+def reward_groups(run: Run) -> list[dict[str, RewardConfig]]:
+    """Rewards that share replicas: all that need no runtime environment, and by themselves those that need the same one."""
+    groups: dict[str, dict[str, RewardConfig]] = {}
+    for name, reward in {**run.rewards.named, **run.evaluate.rewards}.items():
+        groups.setdefault(repr(reward.runtime_env), {})[name] = reward
+    return list(groups.values())
+
+
+def faults(run: Run, nodes: Sequence[Node], where: str) -> list[str]:
+    """One line for each pool that has no room beside the others, with the sum and the field to change; [] when all fit."""
+    free = [[node.cpus, node.gpus] for node in nodes]
+    found = []
+    # The choosy first: a pool without labels can go where the others leave room.
+    for claim in sorted(claims(run, nodes), key=lambda c: (not c.labels, -c.gpus, -c.cpus)):
+        able = [i for i, node in enumerate(nodes) if claim.fits(node)]
+        path = f"pools.{claim.pool}"
+        if not able:
+            there = sorted({f"{key}={value}" for node in nodes for key, value in node.labels.items() if key in claim.labels})
+            found.append(
+                f"{path}.labels = {dict(claim.labels)}: no node of {where} carries them"
+                f"{'; there are ' + ', '.join(there) if there else ''}; start a node with them, or leave the labels empty"
+            )
+            continue
+        before = [[free[i][kind] for i in able] for kind in (0, 1)]
+        placed = sum(_place(claim, free, able) for _ in range(claim.replicas))
+        if placed < claim.replicas:
+            found.append(_no_room(claim, placed, path, *before, where))
+    return found
+
+
+def _place(claim: Claim, free: list[list[float]], able: list[int]) -> bool:
+    """Put one replica on the node where it leaves the least of what is scarce."""
+    fitting = [i for i in able if free[i][0] >= claim.cpus - 1e-9 and free[i][1] >= claim.gpus - 1e-9]
+    if not fitting:
+        return False
+    best = min(fitting, key=lambda i: (free[i][1], free[i][0]))
+    free[best][0] -= claim.cpus
+    free[best][1] -= claim.gpus
+    return True
+
+
+def _no_room(claim: Claim, placed: int, path: str, cpus: list[float], gpus: list[float], where: str) -> str:
+    need = f"{claim.replicas * claim.cpus:g} CPUs" + (f" and {claim.replicas * claim.gpus:g} GPUs" if claim.gpus else "")
+    have = f"{sum(cpus):g} CPUs" + (f" and {sum(gpus):g} GPUs" if claim.gpus else "")
+    if placed:
+        way_out = f"set {path}.replicas to {placed}"
+    elif claim.gpus > max(gpus):
+        way_out = f"set {path}.num_gpus to {max(gpus):g}"
+    else:
+        way_out = f"set {path}.num_cpus to {max(cpus):g} or less" if max(cpus) > 0 else "use a larger machine"
+    return (
+        f"{path}: {claim} = {need}; {where} has {have} left for it on {len(cpus)} node{'s' if len(cpus) > 1 else ''},"
+        f" room for {placed}: {way_out}, make the other pools smaller, or add nodes"
+    )
