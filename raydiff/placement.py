@@ -83,7 +83,7 @@ def faults(run: Run, nodes: Sequence[Node], where: str) -> list[str]:
         before = [[free[i][kind] for i in able] for kind in (0, 1)]
         placed = sum(_place(claim, free, able) for _ in range(claim.replicas))
         if placed < claim.replicas:
-            found.append(_no_room(claim, placed, path, *before, where))
+            found.append(_no_room(claim, placed, path, before[0], before[1], where))
     return found
 
 
