@@ -12,6 +12,7 @@ import torch
 from raydiff.config import Run
 from raydiff.core.rollouts import Rollouts
 from raydiff.distributed import rows, weights
+from raydiff.placement import GENERATE
 from raydiff.session import Scores, Session
 
 
@@ -38,13 +39,9 @@ class Generator:
     def __init__(self, run: str, store: Any, attempt: str) -> None:
         self.run = Run.model_validate_json(run)
         self.store, self.attempt = store, attempt
-        self.session = Session(self.run, device(self.run.pools.generate.num_cpus), scores=Scores(_no_rewards, _no_rewards))
-        method, rewards = self.run.method, self.run.rewards
-        self.decodes = method.needs_rewards and rewards.where == "pool"  # pictures for the reward pool
-        self.blocks = self.run.batch.size // self.run.batch.micro
         self.version: int | None = None
-        self.digest, self.probe = "", np.zeros(0, np.float32)
-        self.report: dict[str, float] = {}
+        self.digest, self.probe = "", np.zeros(weights.PROBE, np.float32)
+        self.load()
         self.free_since = time.monotonic()
 
     def __call__(self, block: rows.Columns) -> rows.Columns:
@@ -52,21 +49,32 @@ class Generator:
             return block
         start = time.monotonic()
         self.refresh()
-        ticket, calls = int(block["ticket"][0]), self.session.policy.calls
-        before = calls.unet_forward
-        rollouts = self.sample(ticket)
-        images = {"images": self.decoded(rollouts)} if self.decodes else {}
-        each = (calls.unet_forward - before) // len(rollouts)
-        columns = rows.to_columns(rollouts, ticket, probe=self.probe, unet_forward=each)
+        columns = self.sample(int(block["ticket"][0]))
         end = time.monotonic()
-        self.report = {"images": rollouts.seeds.numel(), "busy": end - start, "idle": start - self.free_since}
+        spent = {"images": columns["seeds"].size, "busy": end - start, "idle": start - self.free_since}
+        self.store.report.remote(GENERATE, spent)  # not waited for
         self.free_since = end
-        return columns | images
+        return columns
 
-    def sample(self, ticket: int) -> Rollouts:
-        rollouts = self.session.sample(*divmod(ticket, self.blocks))
+    def load(self) -> None:
+        place = device(self.run.pools.generate.num_cpus)
+        self.session = Session(self.run, place, scores=Scores(_no_rewards, _no_rewards))
+
+    def sample(self, ticket: int) -> rows.Columns:
+        """The rows of a ticket, with pictures where the reward pool is to score them."""
+        calls, run = self.session.policy.calls, self.run
+        before = calls.unet_forward
+        rollouts = self.session.sample(*divmod(ticket, run.batch.size // run.batch.micro))
+        each = (calls.unet_forward - before) // len(rollouts)
+        columns = self.columns(rollouts, ticket, unet_forward=each)
+        scored = run.method.needs_rewards and run.rewards.where == "pool"
+        return columns | ({"images": self.decoded(rollouts)} if scored else {})
+
+    def columns(self, rollouts: Rollouts, ticket: int, **same: Any) -> rows.Columns:
+        """Rows that say which weights they were sampled with."""
         assert self.version is not None
-        return replace(rollouts, version=self.version, digest=self.digest)
+        rollouts = replace(rollouts, version=self.version, digest=self.digest)
+        return rows.to_columns(rollouts, ticket, probe=self.probe, **same)
 
     @torch.no_grad()
     def decoded(self, rollouts: Rollouts) -> np.ndarray:
@@ -75,21 +83,21 @@ class Generator:
         return images.float().cpu().numpy().reshape(*rollouts.seeds.shape, *images.shape[1:])
 
     def refresh(self) -> None:
-        """Take up the newest weights in place. The digest is of what the model holds afterwards, not of what came."""
+        """Take up the newest weights."""
         import ray
 
-        news = ray.get(self.store.latest.remote(self.attempt, self.version, self.report))
-        self.report = {}
+        news = ray.get(self.store.latest.remote(self.attempt, self.version))
         if news is None:
             return
-        version, (ref,) = news
-        arrays = ray.get(ref)
+        self.version, (ref,) = news
+        self.digest, self.probe = self.hold(ray.get(ref))
+
+    def hold(self, arrays: weights.Arrays) -> tuple[str, np.ndarray]:
+        """Put weights into the live model. The digest and the probe are of what it holds afterwards, not of what came."""
         with torch.no_grad():
             for name, p in self.session.model.trained().items():
                 p.copy_(torch.from_numpy(np.array(arrays[name])))
-        self.version = version
-        self.digest = weights.digest(weights.to_numpy(self.session.model.trained()))
-        self.probe = weights.probe(self.session)
+        return weights.digest(weights.to_numpy(self.session.model.trained())), weights.probe(self.session)
 
 
 def device(num_cpus: float) -> torch.device:

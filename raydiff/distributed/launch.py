@@ -182,7 +182,7 @@ def _store(run: Run, folder: Folder) -> Any:
     import ray
 
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(WeightStore)
-    return actor.remote(folder.name, pipeline.blocks(run), run.generation.max_staleness)
+    return actor.remote(folder.name, run.train.updates, pipeline.blocks(run), run.generation.max_staleness)
 
 
 def _fit(run: Run, folder: Folder, board: Any, use_gpu: bool, store: Any, rewards: list[Group]) -> Future[dict[str, Any]]:

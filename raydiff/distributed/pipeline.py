@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from raydiff.session import Session
 
 _STALENESS, _PROBE, _WAIT = (PREFIX + name for name in ("staleness", "probe_error", "learner_waited"))
 _LITTLE = 0.001  # CPUs of a task that does next to nothing, or it would wait for a whole one
+_WAITING = 8  # tickets that lie ready at the gate: handing it one takes Ray Data's loop longer than letting one pass
 _NOISE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}  # relative, of one network on two devices
 
 
@@ -34,9 +36,12 @@ def blocks(run: Run) -> int:
 
 
 def factory(
-    run: Run, store: Any, groups: list[Group], nodes: list[placement.Node], generator: type = Generator
+    run: Run, store: Any, groups: list[Group], nodes: list[placement.Node], generator: type = Generator, **options: Any
 ) -> Callable[[], Any]:
-    """What Ray Train calls at the start of each attempt: opens it in the store and returns its dataset."""
+    """What Ray Train calls at the start of each attempt: opens it in the store and returns its dataset.
+
+    `generator` and Ray's `options` for it are there for simulations.
+    """
     claim = next(c for c in placement.claims(run, nodes) if c.pool == placement.GENERATE)
 
     def make() -> Any:
@@ -59,7 +64,7 @@ def factory(
             Gate,
             fn_constructor_args=(store, attempt),
             batch_size=None,
-            compute=ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=1),
+            compute=ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=_WAITING),
             num_cpus=0,
             **faults,
         )
@@ -67,13 +72,12 @@ def factory(
             generator,
             fn_constructor_args=(run.model_dump_json(), store, attempt),
             batch_size=None,
-            # One in flight: a block that waits behind another would be sampled with the weights of when its turn comes, but
-            # by this generator although another is free.
-            compute=ActorPoolStrategy(size=claim.replicas, max_tasks_in_flight_per_actor=1),
+            compute=ActorPoolStrategy(size=claim.replicas, max_tasks_in_flight_per_actor=2),
             num_cpus=claim.cpus,
             num_gpus=claim.gpus or None,
             label_selector=dict(claim.labels) or None,
             **faults,
+            **options,
         )
         if run.method.needs_rewards and groups:
             data = data.map_batches(
@@ -125,7 +129,7 @@ class Stream:
     """
 
     def __init__(self, session: Session, store: Any, ranks: Ranks) -> None:
-        import ray
+        import ray.train
 
         self.session, self.store, self.ranks = session, store, ranks
         self.run, self.blocks = session.run, blocks(session.run)
@@ -133,7 +137,10 @@ class Stream:
         self.digests: dict[int, str] = {}
         self.probes: dict[int, np.ndarray] = {}
         self.base: np.ndarray | None = None  # probe of the first version
-        self.iterator: Iterator[rows.Columns] | None = None
+        shard = ray.train.get_dataset_shard("train")
+        # A batch is a block; prefetching would let blocks grow old in a buffer, and at staleness 0 wait for ever.
+        self.iterator = iter(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
+        self.first: Future[rows.Columns] | None = None  # on its way while the learner evaluates
         self.consumed = 0
         self.metrics: dict[str, float] = {}
 
@@ -146,10 +153,11 @@ class Stream:
         self.digests[version] = weights.digest(arrays)  # every rank has the same weights, so no rank has to ask
         self.probes = {v: p for v, p in self.probes.items() if v >= version - self.run.generation.max_staleness}
         self.probes[version] = weights.probe(self.session)
-        if self.base is None:
-            self.base = self.probes[version]
         if self.ranks.rank == 0:
             ray.get(self.store.publish.remote(self.attempt, version, arrays, self.consumed))
+        if self.base is None:
+            self.base = self.probes[version]
+            self.first = ThreadPoolExecutor(1).submit(self._pull)
         return {**self.metrics, f"{PREFIX}publish_seconds": time.monotonic() - start}
 
     def batches(self, step: int) -> Iterable[Rollouts]:
@@ -181,23 +189,19 @@ class Stream:
 
     def _next(self) -> tuple[rows.Columns, Exception | None]:
         """The next block with rows; or what was lost on the way to it. Raises what is final: a fault of the run itself."""
-        import ray.train
-
         try:
-            if self.iterator is None:
-                shard = ray.train.get_dataset_shard("train")
-                # A batch is a block; prefetching would let blocks grow old in a buffer, and at staleness 0 wait for ever.
-                self.iterator = iter(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
-            while True:
-                columns = next(self.iterator)
-                if len(columns["ticket"]):
-                    return columns, None
-        except StopIteration:
-            return {}, RuntimeError("the generation pipeline ended before the run did")
+            first, self.first = self.first, None
+            return first.result() if first else self._pull(), None
         except Exception as error:
             if (cause := plain(error)) is not None:
                 raise cause from None
             return {}, error
+
+    def _pull(self) -> rows.Columns:
+        for columns in self.iterator:
+            if len(columns["ticket"]):
+                return columns
+        raise RuntimeError("the generation pipeline ended before the run did")
 
     def _check(self, columns: rows.Columns, step: int, expected: int) -> None:
         """Raise SyncError unless this is the block that is due, of weights that are young enough and were published."""

@@ -64,8 +64,9 @@ class WeightStore:
     made it.
     """
 
-    def __init__(self, run: str, blocks: int, max_staleness: int) -> None:
-        self.run, self.blocks, self.max_staleness = run, blocks, max_staleness  # its name; blocks of an update
+    def __init__(self, run: str, updates: int, blocks: int, max_staleness: int) -> None:
+        self.run, self.end = run, updates * blocks  # its name, and its number of blocks
+        self.blocks, self.max_staleness = blocks, max_staleness  # blocks of an update
         self.changed = asyncio.Condition()
         self.bytes, self.gate_waited = 0, 0.0
         self.pools: dict[str, dict[str, float]] = {}
@@ -107,11 +108,10 @@ class WeightStore:
             self.consumed = consumed
             self.changed.notify_all()
 
-    async def latest(self, attempt: str, have: int | None, report: dict[str, float]) -> tuple[int, list[Any]] | None:
-        """(version, [ref to the weights]), None when `have` is it. `report` adds to the generation pool's counters."""
+    async def latest(self, attempt: str, have: int | None) -> tuple[int, list[Any]] | None:
+        """(version, [ref to the weights]), None when `have` is it. Raises RuntimeError as `publish` does."""
         if attempt != self.attempt or self.version is None:
             raise RuntimeError("the weight store has lost this attempt; the workers start again")
-        await self.report("generate", report)
         return None if have == self.version else (self.version, self.box)
 
     async def report(self, pool: str, counters: dict[str, float]) -> None:
@@ -130,11 +130,16 @@ class WeightStore:
             await self.changed.wait_for(lambda: attempt != self.attempt or self.closed or self.version is not None)
             ticket = self.first * self.blocks + n
             needed = ticket // self.blocks - self.max_staleness
-            self.waiting_for = needed
+            self.waiting_for = needed if ticket < self.end else None
             await self.changed.wait_for(
-                lambda: attempt != self.attempt or self.closed or (self.version is not None and self.version >= needed)
+                lambda: (
+                    attempt != self.attempt
+                    or self.closed
+                    or ticket >= self.end
+                    or (self.version is not None and self.version >= needed)
+                )
             )
-            if attempt != self.attempt or self.closed:
+            if attempt != self.attempt or self.closed or ticket >= self.end:
                 return None
             self.waiting_for = None
             self.admitted = max(self.admitted, n + 1)
