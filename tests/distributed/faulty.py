@@ -13,7 +13,7 @@ from torch import nn
 
 from raydiff.core.denoise import Predict
 from raydiff.models import stable_diffusion
-from tests.distributed.steered import first
+from tests.distributed.steered import first, note
 
 
 class Plugin(stable_diffusion.Plugin):
@@ -25,9 +25,13 @@ class Plugin(stable_diffusion.Plugin):
     """"copies": what is written goes to copies that are thrown away. "deaf": the network keeps computing with its first weights,
     and says it holds the new ones."""
 
+    places: str | None = None
+    """A folder that gets a file named by each process's role and node."""
+
     def build(self, *args: Any, **kwargs: Any) -> stable_diffusion.StableDiffusion:
         model = super().build(*args, **kwargs)
         generating = any(frame.function == "load" and "generate.py" in frame.filename for frame in inspect.stack())
+        note(self.places, "generator" if generating else "learner")
         return _Faulty(model, self) if generating else model
 
 
