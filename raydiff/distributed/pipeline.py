@@ -25,7 +25,6 @@ from raydiff.distributed.weights import SyncError
 from raydiff.session import Session
 
 _STALENESS, _PROBE, _WAIT = (PREFIX + name for name in ("staleness", "probe_error", "learner_waited"))
-_LITTLE = 0.001  # CPUs of a task that does next to nothing, or it would wait for a whole one
 _WAITING = 8  # tickets that lie ready at the gate: handing it one takes Ray Data's loop longer than letting one pass
 _NOISE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}  # relative, of one network on two devices
 
@@ -56,9 +55,10 @@ def factory(
         context.retried_map_errors, context.max_map_retries = True, 2
         context.issue_detectors_config.detectors = []  # they take a closed gate for a hanging task
         faults = {"max_restarts": RESTARTS, "max_task_retries": RESTARTS}
-        # One ticket is one row and one block: a block of several would be waited for as a whole.
+        # One ticket is one row and one block: a block of several would be waited for as a whole. What makes and admits
+        # tickets claims nothing: the run's pools may leave nothing.
         data = ray.data.read_datasource(
-            _tickets(run.train.updates * blocks(run)), num_cpus=_LITTLE, override_num_blocks=run.train.updates * blocks(run)
+            _tickets(run.train.updates * blocks(run)), num_cpus=0, override_num_blocks=run.train.updates * blocks(run)
         )
         data = data.map_batches(
             Gate,
