@@ -70,10 +70,11 @@ class Plugin(TrajectoryMethod):
         old = batch.log_probs.flatten(0, 1)  # (R,S)
         ratio, bound = torch.stack([log_rho(i) for i in steps], 1), self.bound(size)  # (R,steps)
         advantage = batch.advantages.flatten()[:, None].clamp(-self.max_advantage, self.max_advantage)
+        nats = ratio.detach() * (size if self.log_prob_reduction == "mean" else 1)
         loss = torch.maximum(-advantage * ratio.exp(), -advantage * ratio.clamp(-bound, bound).exp()).mean()
         return loss, {
             "reward/total": batch.total().mean(),
             "advantage": advantage.abs().mean(),
             "clipped": (ratio.detach().abs() > bound).float().mean(),
-            "approximate_kl": 0.5 * ratio.detach().square().mean(),  # of the official code; nats² where the reduction is a sum
+            "approximate_kl": 0.5 * nats.square().mean(),  # of a step, in nats: half the squared log-ratio
         }

@@ -15,7 +15,9 @@ def test_the_error_is_that_of_a_forward_by_hand() -> None:
     policy = make_policy(guidance=3.0)
     ours = noised(policy, CLEAN, PROMPTS, SEEDS, 0.0)
     bar = alphas_cumprod(SD)[ours.time.long()][:, None, None, None]
-    assert torch.allclose(ours.x, bar.sqrt() * CLEAN + (1 - bar).sqrt() * ours.target)  # eps prediction: the target is the noise
+    assert torch.allclose(
+        ours.x, bar.sqrt() * CLEAN + (1 - bar).sqrt() * ours.target
+    )  # eps prediction: the target is the noise
     codes = torch.tensor([len(p) / 10 for p in PROMPTS], dtype=torch.float64)
     out = policy.denoiser(ours.x, ours.time, codes)  # one conditional call: no guidance
     expected = torch.stack([((out[r] - ours.target[r]) ** 2).sum() / 32 for r in range(3)])

@@ -38,7 +38,9 @@ def test_one_place_says_how_many_steps_there_are(tiny_run: Make) -> None:
 
 
 def test_minibatches_that_do_not_divide_are_refused_with_numbers_that_do(tiny_run: Make) -> None:
-    with pytest.raises(ConfigError, match=r"method.minibatches = 3 does not divide the 4 micro-batches.*1 or 2 or 4, or batch.size to 3"):
+    with pytest.raises(
+        ConfigError, match=r"method.minibatches = 3 does not divide the 4 micro-batches.*1 or 2 or 4, or batch.size to 3"
+    ):
         tiny_run("ddpo", {**DDPO, "method.minibatches": 3})
 
 

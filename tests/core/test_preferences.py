@@ -38,7 +38,10 @@ def test_labels_of_a_data_set_are_rewards() -> None:
 
 
 def test_pareto_dominance_needs_every_reward() -> None:
-    a, b = torch.tensor([[1.0, 2.0], [1.0, 2.0], [3.0, 3.0], [1.0, 1.0]]), torch.tensor([[5.0, 5.0], [5.0, 4.0], [1.0, 2.0], [1.0, 1.0]])
+    a, b = (
+        torch.tensor([[1.0, 2.0], [1.0, 2.0], [3.0, 3.0], [1.0, 1.0]]),
+        torch.tensor([[5.0, 5.0], [5.0, 4.0], [1.0, 2.0], [1.0, 1.0]]),
+    )
     pairs = preferred_pairs({"total": a + b, "a": a, "b": b}, rule="pareto")
     assert listed(pairs) == [(1, 0), None, (5, 4), None]
     assert listed(preferred_pairs({"total": a + b, "a": a, "b": b})) == [(1, 0), None, (5, 4), None]
@@ -61,8 +64,13 @@ def test_the_minimum_is_the_reference_tilted_by_the_reward() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(2, 2000, 1, dtype=torch.float64)
     wins = torch.sigmoid(a * (x - y))[:, 0]  # how often x is preferred
-    mean, log_std = torch.full((1,), -0.7, dtype=torch.float64, requires_grad=True), torch.full((1,), 0.4, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([mean, log_std], max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-12, tolerance_change=1e-15)
+    mean, log_std = (
+        torch.full((1,), -0.7, dtype=torch.float64, requires_grad=True),
+        torch.full((1,), 0.4, dtype=torch.float64, requires_grad=True),
+    )
+    optimizer = torch.optim.LBFGS(
+        [mean, log_std], max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-12, tolerance_change=1e-15
+    )
 
     def closure() -> float:
         optimizer.zero_grad()

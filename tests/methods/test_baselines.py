@@ -37,7 +37,11 @@ def test_sft_takes_the_winners_of_labelled_pairs() -> None:
     winners = torch.tensor([1, 0, 1])
     rows = torch.arange(3)
     alone = replace(
-        batch, seeds=batch.seeds[rows, winners][:, None], latents=batch.latents[rows, winners][:, None], log_probs=None, rewards={"total": torch.ones(3, 1)}
+        batch,
+        seeds=batch.seeds[rows, winners][:, None],
+        latents=batch.latents[rows, winners][:, None],
+        log_probs=None,
+        rewards={"total": torch.ones(3, 1)},
     )
     assert SFT.loss(policy, batch)[0].item() == pytest.approx(SFT.loss(policy, alone)[0].item(), rel=1e-12)
 
@@ -64,6 +68,9 @@ def test_rwr_normalises_over_the_update_not_the_micro_batch(tiny_run: Callable[.
     session = Session(tiny_run("rwr", {"method.beta": 20.0}))
     batches = list(session.ready(session.batches(0)))
     assert len(batches) == 2
-    weights, rewards = (torch.cat([getattr(b, part)() if part == "total" else b.advantages for b in batches]).flatten() for part in ("weights", "total"))
+    weights, rewards = (
+        torch.cat([getattr(b, part)() if part == "total" else b.advantages for b in batches]).flatten()
+        for part in ("weights", "total")
+    )
     assert torch.allclose(weights, 4 * torch.softmax(20 * rewards.double(), 0).float())
     assert batches[0].advantages is not None and batches[0].advantages.sum() != pytest.approx(2.0, rel=1e-3)

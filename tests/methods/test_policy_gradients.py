@@ -97,7 +97,9 @@ def test_the_clipped_objective_by_hand() -> None:
     assert torch.allclose(gradient(loss, policy), gradient(by_hand, policy), rtol=1e-8)
 
 
-@pytest.mark.parametrize(("advantage", "ratio", "has_gradient"), [(1, 0.5, False), (1, -0.5, True), (-1, 0.5, True), (-1, -0.5, False)])
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "has_gradient"), [(1, 0.5, False), (1, -0.5, True), (-1, 0.5, True), (-1, -0.5, False)]
+)
 def test_a_step_that_went_far_enough_has_no_gradient(advantage: int, ratio: float, has_gradient: bool) -> None:
     """Log-ratios of ±0.5 per number, far beyond the bound, made by moving the stored log-probabilities."""
     policy = make()
@@ -119,7 +121,9 @@ def test_the_clip_is_the_same_nats_at_every_size() -> None:
 def test_the_sum_has_the_gradient_of_the_mean_times_d() -> None:
     policy = make()
     batch = rollouts(policy)
-    mean, total = (gradient(DDPO.model_copy(update={"log_prob_reduction": r}).loss(policy, batch)[0], policy) for r in ("mean", "sum"))
+    mean, total = (
+        gradient(DDPO.model_copy(update={"log_prob_reduction": r}).loss(policy, batch)[0], policy) for r in ("mean", "sum")
+    )
     assert torch.allclose(total, 32 * mean, rtol=1e-9)
 
 
@@ -218,7 +222,9 @@ def test_any_number_of_workers_computes_the_same_advantages(tiny_run: Make) -> N
 
     def share(session: Session, batches: list[Rollouts]) -> Tensor:
         losses = [session.method.loss(session.policy, b)[0] for b in batches]
-        return torch.cat([g.flatten() for g in torch.autograd.grad(torch.stack(losses).mean(), list(session.model.trained().values()))])
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(torch.stack(losses).mean(), list(session.model.trained().values()))]
+        )
 
     halves = [share(session, list(batches)) for session, batches in zip(pair, out, strict=True)]
     one = share(alone, whole)
@@ -231,7 +237,10 @@ def test_a_session_carries_its_advantages_through_a_checkpoint(tiny_run: Make) -
     first, second = Session(run), Session(run)
     list(first.ready(first.batches(0)))
     second.restore(json.loads(json.dumps(first.state())))
-    ours, again, fresh = (torch.cat([b.advantages for b in s.ready(s.batches(1)) if b.advantages is not None]) for s in (first, second, Session(run)))
+    ours, again, fresh = (
+        torch.cat([b.advantages for b in s.ready(s.batches(1)) if b.advantages is not None])
+        for s in (first, second, Session(run))
+    )
     assert torch.equal(ours, again) and not torch.equal(ours, fresh)
     assert Session(tiny_run("draft_k")).state() == {}
 
@@ -257,7 +266,9 @@ def test_the_reward_rises(tiny_run: Make) -> None:
     def update(step: int) -> float:
         batch = make_rollouts(policy, PROMPTS, 4, first_seed=10_000 * step)
         total = batch.at(4)[:, 0].mean((1, 2)).view(4, 4)
-        batch = replace(batch, rewards={"total": total}, advantages=DDPO.advantages()(batch.flat_prompts(), total.flatten()).view(4, 4))
+        batch = replace(
+            batch, rewards={"total": total}, advantages=DDPO.advantages()(batch.flat_prompts(), total.flatten()).view(4, 4)
+        )
         loss, _ = DDPO.loss(policy, batch)
         optimizer.zero_grad()
         loss.backward()

@@ -123,7 +123,13 @@ def test_all_pairs_are_the_mean_over_each_two_attempts() -> None:
     policy = make()
     batch = make_rollouts(policy, PROMPTS, 3)
     two = [
-        replace(batch, seeds=batch.seeds[:, ij], latents=batch.latents[:, ij], log_probs=None, rewards={"total": batch.total()[:, ij]})
+        replace(
+            batch,
+            seeds=batch.seeds[:, ij],
+            latents=batch.latents[:, ij],
+            log_probs=None,
+            rewards={"total": batch.total()[:, ij]},
+        )
         for ij in ([0, 1], [0, 2], [1, 2])
     ]
     two = [replace(b, seeds=batch.seeds[:, :2]) for b in two]  # the draws belong to the prompt
@@ -135,7 +141,13 @@ def test_all_pairs_are_the_mean_over_each_two_attempts() -> None:
         order = batch.total().argsort(1)
         ends = torch.stack([order[:, 0], order[:, -1]], 1)
         rows = torch.arange(3)[:, None]
-        only = replace(batch, seeds=batch.seeds[:, :2], latents=batch.latents[rows, ends], log_probs=None, rewards={"total": batch.total()[rows, ends]})
+        only = replace(
+            batch,
+            seeds=batch.seeds[:, :2],
+            latents=batch.latents[rows, ends],
+            log_probs=None,
+            rewards={"total": batch.total()[rows, ends]},
+        )
         assert best_worst == pytest.approx(value(method, policy, only), rel=1e-9)
 
 
