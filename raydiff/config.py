@@ -180,7 +180,7 @@ class Batch(Config):
     """size = micro × accumulation × workers (pools.train.replicas)."""
 
     size: int = Field(8, ge=1)
-    """Prompts per update, over all workers."""
+    """Prompts per update, over all workers. Each brings `method.attempts` samples."""
     micro: int = Field(4, ge=1)
     """Prompts per forward and backward pass of one worker."""
 
@@ -195,7 +195,7 @@ class Optimizer(Config):
     max_grad_norm: float = Field(1.0, gt=0)
     """The global gradient norm is clipped to this."""
     warmup: int = Field(0, ge=0)
-    """Updates over which the learning rate rises linearly to `lr`."""
+    """Updates over which the learning rate rises linearly to `lr`, optimiser step by optimiser step."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up: hold, or fall to 0 at the last update."""
     ema: float | None = Field(None, gt=0, lt=1)
@@ -273,22 +273,36 @@ class Run(Config):
 
 
 class Geometry(Config):
-    """The numbers that follow from a run: size = micro × accumulation × workers."""
+    """The numbers that follow from a run: size = micro × accumulation × workers, and the optimiser's steps on it."""
 
     micro: int
     accumulation: int
+    """Micro-batches that a worker samples for an update."""
     workers: int
     size: int
+    minibatches: int = 1
+    inner_epochs: int = 1
+
+    @property
+    def step_accumulation(self) -> int:
+        """Micro-batches of one worker that an engine accumulates before the optimiser moves."""
+        return self.accumulation // self.minibatches
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Of one update. Checkpoints, tickets and history count updates; the optimiser and its schedule count these."""
+        return self.minibatches * self.inner_epochs
 
     def __str__(self) -> str:
+        steps = f", {self.optimizer_steps} optimiser steps" if self.optimizer_steps > 1 else ""
         return (
             f"{self.size} prompts an update = {self.micro} a micro-batch × {self.accumulation} accumulated"
-            f" × {self.workers} worker{'s' if self.workers > 1 else ''}"
+            f" × {self.workers} worker{'s' if self.workers > 1 else ''}{steps}"
         )
 
 
 def geometry(run: Run, workers: int | None = None) -> Geometry:
-    """Batch geometry of a run. Raises ValueError, with sizes that would do, when the batch cannot be divided."""
+    """Batch geometry of a run. Raises ValueError, with numbers that would do, when the batch cannot be divided."""
     workers, size, micro = workers or run.pools.train.replicas, run.batch.size, run.batch.micro
     if size % (micro * workers):
         unit = micro * workers
@@ -298,15 +312,28 @@ def geometry(run: Run, workers: int | None = None) -> Geometry:
             f"batch.size = {size} is not divisible by batch.micro × pools.train.replicas = {micro} × {workers} = {unit}:"
             f" set batch.size to {nearest}, or change batch.micro or pools.train.replicas"
         )
-    return Geometry(micro=micro, accumulation=size // (micro * workers), workers=workers, size=size)
+    accumulation, minibatches = size // (micro * workers), run.method.minibatches
+    if accumulation % minibatches:
+        divisors = [str(n) for n in range(1, accumulation + 1) if accumulation % n == 0]
+        raise ValueError(
+            f"method.minibatches = {minibatches} does not divide the {accumulation} micro-batches that each worker has of"
+            f" batch.size = {size}: set it to {' or '.join(divisors)}, or batch.size to {micro * workers * minibatches}"
+        )
+    return Geometry(
+        micro=micro, accumulation=accumulation, workers=workers, size=size,
+        minibatches=minibatches, inner_epochs=run.method.inner_epochs,
+    )  # fmt: skip
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
-    """A run from a TOML file (or the JSON of a run) and `path=value` overrides. Raises ConfigError."""
+    """A run from a TOML file (or the JSON of a run) and `path=value` overrides. Raises ConfigError.
+
+    TOML has no null: there as in overrides, the word "none" is None.
+    """
     path = Path(path)
     try:
         text = path.read_text()
-        tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        tree = json.loads(text) if path.suffix == ".json" else _with_none(tomllib.loads(text))
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.toml"))
         raise ConfigError(f"recipe {str(path)!r} does not exist{_nearest(path.name, near)}") from None
@@ -353,9 +380,15 @@ def _parse(item: str) -> tuple[str, Any]:
     if not equals or not path:
         raise ConfigError(f"override {item!r} is not path=value, e.g. method.k=2")
     try:
-        return path.strip(), tomllib.loads(f"v = {text}")["v"]
+        return path.strip(), _with_none(tomllib.loads(f"v = {text}")["v"])
     except tomllib.TOMLDecodeError:
         return path.strip(), None if text == "none" else text
+
+
+def _with_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_none(inner) for key, inner in value.items()}
+    return None if value == "none" else value
 
 
 def _with(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

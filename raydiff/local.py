@@ -21,7 +21,7 @@ def fit(run: Run, *, device: torch.device | str = "cpu", folder: str | Path | No
     """
     session = Session(run, device)
     optimizer, scheduler = session.optimizer()
-    engine = TorchEngine(optimizer, scheduler, session.geometry.accumulation, run.optimizer.max_grad_norm)
+    engine = TorchEngine(optimizer, scheduler, session.geometry.step_accumulation, run.optimizer.max_grad_norm)
     start = time.perf_counter()
     yield {"step": 0, **summary(evaluate(session))}
     for step in range(run.train.updates):

@@ -6,7 +6,7 @@ Legend: B prompts, G attempts, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from raydiff.config import Geometry, Run, geometry
 from raydiff.core.denoise import mix
 from raydiff.core.learner import Ema, Engine, learning_rate_factor, swapped, update
+from raydiff.core.log_prob import gaussian_log_prob
 from raydiff.core.policy import Calls, Policy, checked
 from raydiff.core.reward_vjp import Score, weighted_sum
 from raydiff.core.rollouts import Rollouts
@@ -57,6 +58,15 @@ def weights(run: Run) -> dict[str, float]:
     return {**{name: r.weight for name, r in run.rewards.named.items()}, **dict.fromkeys(run.evaluate.rewards, 0.0)}
 
 
+Gather = Callable[[Any], list[Any]]
+"""Every worker's value by rank, on every worker: collective."""
+
+
+def alone(value: Any) -> list[Any]:
+    """The Gather of one process."""
+    return [value]
+
+
 @dataclass
 class Session:
     """A run's objects on one device. `denoiser` starts as the model's own; an engine that wraps it is put in its place."""
@@ -66,6 +76,7 @@ class Session:
     rank: int = 0
     workers: int = 1
     scores: Scores | None = None  # None: the rewards are built here
+    gather: Gather = alone
     ema: Ema | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -79,6 +90,7 @@ class Session:
             checkpointing=run.train.gradient_checkpointing,
         )
         self.method = run.method
+        self.advantages = run.method.advantages()
         sampler, scores = run.sampler, self.scores or Scores.here(run, self.device)
         self.policy = Policy(
             model=self.model,
@@ -90,6 +102,7 @@ class Session:
             detach_negative=sampler.detach_negative,
             gradient_checkpointing=run.train.gradient_checkpointing,
         )
+        self.method.check_grid(self.policy.schedule, sampler.eta)
         self.judge = replace(self.policy, score=scores.evaluation, calls=Calls())  # which is not training's cost
         if run.optimizer.ema is not None:
             self.ema = Ema(self.model.trained(), run.optimizer.ema)
@@ -99,13 +112,14 @@ class Session:
         self.policy.denoiser = self.judge.denoiser = denoiser
 
     def optimizer(self) -> tuple[torch.optim.AdamW, LambdaLR]:
-        """AdamW over the trained weights, and its learning-rate schedule counted in updates."""
+        """AdamW over the trained weights, and its learning-rate schedule counted in optimiser steps."""
         o = self.run.optimizer
         adam = torch.optim.AdamW(
             self.model.trained().values(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, foreach=False
         )
-        updates = self.run.train.updates
-        return adam, LambdaLR(adam, lambda step: learning_rate_factor(step, warmup=o.warmup, updates=updates, shape=o.schedule))
+        each = self.geometry.optimizer_steps
+        warmup, steps = o.warmup * each, self.run.train.updates * each
+        return adam, LambdaLR(adam, lambda step: learning_rate_factor(step, warmup=warmup, steps=steps, shape=o.schedule))
 
     def batches(self, step: int) -> Iterator[Rollouts]:
         """This worker's micro-batches of an update, sampled with the current weights.
@@ -125,8 +139,18 @@ class Session:
         prompts, base = zip(*tickets(run, self.train_prompts, step)[m * size : (m + 1) * size], strict=True)
         seeds = torch.tensor([[mix(seed, g) for g in range(attempts)] for seed in base])
         flat = [prompt for prompt in prompts for _ in range(attempts)]
-        _, points = self.policy.sample(flat, seeds.flatten().tolist(), last=max(kept), keep=kept)
-        return Rollouts(prompts, seeds, points.unflatten(0, seeds.shape), kept)
+        starts = [seed for seed in base for _ in range(attempts)] if self.method.shared_start else None
+        steps: list[Tensor] = []  # log-probability of each, (B·G,)
+
+        def record(x: Tensor, mean: Tensor, std: float) -> None:
+            steps.append(gaussian_log_prob(x, mean, std))
+
+        _, points = self.policy.sample(
+            flat, seeds.flatten().tolist(), starts=starts, last=max(kept), keep=kept,
+            observe=record if self.method.needs_log_probs else None,
+        )  # fmt: skip
+        log_probs = torch.stack(steps, 1).unflatten(0, seeds.shape) if steps else None
+        return Rollouts(prompts, seeds, points.unflatten(0, seeds.shape), kept, log_probs=log_probs)
 
     def kept(self, step: int) -> tuple[int, ...]:
         """The grid points that an update's samples keep: a function of the run and `step`."""
@@ -142,9 +166,42 @@ class Session:
         shape = rollouts.seeds.shape
         return replace(rollouts, rewards={name: r.view(shape) for name, r in {"total": total, **parts}.items()})
 
+    def ready(self, batches: Iterable[Rollouts]) -> Iterable[Rollouts]:
+        """This worker's micro-batches of an update, as the loss takes them. Collective where the method needs advantages.
+
+        One by one as they come, where nothing stands against it; all sampled first, where the weights move or the loss needs
+        the rewards of all before the last is there.
+        """
+        if self.geometry.optimizer_steps > 1 or self.advantages is not None:
+            batches = list(batches)
+            return self.weighed(batches) if self.advantages is not None else batches
+        return batches
+
+    def weighed(self, batches: list[Rollouts]) -> list[Rollouts]:
+        """The micro-batches with advantages from the rewards of all workers', in the update's order: the same at any number."""
+        assert self.advantages is not None
+        shares = self.gather([(b.flat_prompts(), b.total().flatten().double().cpu()) for b in batches])
+        update = [micro for together in zip(*shares, strict=True) for micro in together]
+        weights = self.advantages([p for prompts, _ in update for p in prompts], torch.cat([r for _, r in update]))
+        mine = weights.split([len(r) for _, r in update])[self.rank :: self.workers]
+        return [replace(b, advantages=w.to(b.latents).view(b.seeds.shape)) for b, w in zip(batches, mine, strict=True)]
+
     def update(self, engine: Engine, step: int, batches: Iterable[Rollouts] | None = None) -> dict[str, float]:
-        """One optimiser update on this worker's `batches`, or on its own samples: the mean of the method's metrics."""
-        return update(engine, self.method, self.policy, self.batches(step) if batches is None else batches)
+        """One update on this worker's `batches`, or on its own samples: the mean of the method's metrics.
+
+        The optimiser moves `geometry.optimizer_steps` times in it.
+        """
+        batches = self.ready(self.batches(step) if batches is None else batches)
+        return update(engine, self.method, self.policy, batches, self.geometry.inner_epochs)
+
+    def state(self) -> dict[str, Any]:
+        """What later updates depend on beside weights and optimiser, as JSON; the same on every worker."""
+        return {} if self.advantages is None else {"advantages": self.advantages.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave. Raises KeyError when the method needs more than that."""
+        if self.advantages is not None:
+            self.advantages.restore(state["advantages"])
 
     @torch.no_grad()
     def evaluate(self) -> list[Picture]:

@@ -125,6 +125,13 @@ def test_several_faults_are_told_at_once(recipe: Path) -> None:
     ]  # fmt: skip
 
 
+def test_none_is_written_as_a_word_in_files_and_overrides(recipe: Path) -> None:
+    recipe.write_text(BASE + 'final_alpha = "none"\n[prompts]\nheld_out = ["none", "a cat"]\n')
+    run = load(recipe)
+    assert run.sampler.final_alpha is None and run.prompts.held_out == ("none", "a cat")
+    assert load(recipe, ['sampler.spacing="none"', "optimizer.ema=none"]).sampler.spacing is None
+
+
 def test_missing_files_and_broken_syntax(tmp_path: Path, recipe: Path) -> None:
     with pytest.raises(ConfigError, match=r"mien.toml' does not exist; did you mean 'mine.toml'"):
         load(tmp_path / "mien.toml")
@@ -143,4 +150,4 @@ def test_needed_tables_are_named(recipe: Path) -> None:
         load(recipe.rename(recipe.with_suffix(".json")))
     text = str(error.value)
     assert "model: Field required" in text and "rewards: Field required" in text
-    assert 'method: needs kind = "...", one of draft, draft_k, draft_lv, refl' in text
+    assert 'method: needs kind = "...", one of d3po, ddpo, diffusion_dpo, draft, draft_k, draft_lv, refl, rwr, sft' in text

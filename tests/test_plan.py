@@ -26,6 +26,10 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("draft_k", {"method.k": 2, "sampler.guidance": 1.0}),
     ("draft_k", {"method.kl": 0.1, "train.gradient_checkpointing": False}),
     ("draft_lv", {"method.n": 3}),
+    ("diffusion_dpo", {"method.attempts": 3}),
+    ("rwr", {}),
+    ("d3po", {"sampler.eta": 1.0, "sampler.final_alpha": None, "method.inner_epochs": 2}),
+    ("ddpo", {"sampler.eta": 1.0, "sampler.final_alpha": None, "train.gradient_checkpointing": False}),
 ]
 
 
@@ -36,7 +40,7 @@ def test_counts_are_those_of_a_real_run(tiny_run: Make, method: str, changes: di
     planned = plan(run, LAPTOP)
     assert {name: n * 2 for name, n in vars(planned.update).items()} == {name: last[name] for name in vars(planned.update)}
     assert planned.evaluations == 2  # before, and after update 2
-    assert planned.total.images == 2 * 4 + 2 * 2
+    assert planned.total.images == 2 * 4 * run.method.attempts + 2 * 2
 
 
 def test_a_drawn_point_is_averaged(tiny_run: Make) -> None:

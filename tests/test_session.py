@@ -101,10 +101,10 @@ def test_ema_and_swap_by_hand() -> None:
 
 
 def test_learning_rate_shapes() -> None:
-    linear = [learning_rate_factor(s, warmup=3, updates=11, shape="linear") for s in range(12)]
+    linear = [learning_rate_factor(s, warmup=3, steps=11, shape="linear") for s in range(12)]
     assert linear[:4] == [0.25, 0.5, 0.75, 1.0] and linear[7] == 0.5 and linear[11] == 0.0
-    assert learning_rate_factor(7, warmup=3, updates=11, shape="cosine") == pytest.approx(0.5)
-    assert learning_rate_factor(99, warmup=3, updates=11) == 1.0
+    assert learning_rate_factor(7, warmup=3, steps=11, shape="cosine") == pytest.approx(0.5)
+    assert learning_rate_factor(99, warmup=3, steps=11) == 1.0
 
 
 def test_tickets_are_a_function_of_run_and_step(tiny_run: Callable[..., Run]) -> None:

@@ -6,6 +6,7 @@ Legend: B images, C h w latent, S sampler steps, N kept points. Grid index 0 is 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]
 """Step index -> standard normal noise (B,C,h,w): a function of the index, so a chain from midway draws the same noise."""
 
+Observe = Callable[[Tensor, Tensor, Any], None]
+"""Told of each step as it is taken: x_{i+1} (B,C,h,w), and the mean (B,C,h,w) and std (float) that it was drawn with."""
+
 
 def denoise(
     predict: Predict,
@@ -31,6 +35,7 @@ def denoise(
     grad_steps: int | None = None,
     keep: Sequence[int] = (),
     noise: Noise | None = None,
+    observe: Observe | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Walk from grid point `first` to `last` (default S, the clean end) and return (latents (B,C,h,w), kept (B,N,C,h,w)).
 
@@ -53,9 +58,10 @@ def denoise(
             kept[i] = x.detach()
         with torch.set_grad_enabled(torch.is_grad_enabled() and i >= grad_from):
             out = predict(x, schedule.time(i, x))
-            x, std = schedule.transition(i, x, out, eta)
-            if noise is not None and std > 0:
-                x = x + std * noise(i).to(x)
+            mean, std = schedule.transition(i, x, out, eta)
+            x = mean + std * noise(i).to(mean) if noise is not None and std > 0 else mean
+        if observe is not None:
+            observe(x, mean, std)
     if last in keep:
         kept[last] = x.detach()
     return x, torch.stack([kept[i] for i in sorted(kept)], 1) if kept else x.new_empty(len(x), 0, *x.shape[1:])

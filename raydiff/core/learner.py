@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal, Protocol
 
 import torch
@@ -27,7 +28,7 @@ class Loss(Protocol):
 
 
 class Engine(Protocol):
-    """`backward` and `step` once per micro-batch; the optimiser moves when an update's micro-batches are complete."""
+    """`backward` and `step` once per micro-batch; the optimiser moves when as many as it accumulates are complete."""
 
     def backward(self, loss: Tensor) -> object: ...
 
@@ -40,7 +41,7 @@ class TorchEngine:
     def __init__(self, optimizer: torch.optim.Optimizer, scheduler: LambdaLR, accumulation: int, max_grad_norm: float) -> None:
         self.optimizer, self.scheduler = optimizer, scheduler
         self.accumulation, self.max_grad_norm = accumulation, max_grad_norm
-        self.grad_norm = float("nan")  # of the last update, before clipping
+        self.grad_norm = float("nan")  # of the last optimiser step, before clipping
         self._done = 0
 
     def backward(self, loss: Tensor) -> None:
@@ -57,18 +58,20 @@ class TorchEngine:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def update(engine: Engine, method: Loss, policy: Policy, batches: Iterable[Rollouts]) -> dict[str, float]:
-    """One optimiser update over an iterable of micro-batches: the mean of each metric.
+def update(engine: Engine, method: Loss, policy: Policy, batches: Iterable[Rollouts], epochs: int = 1) -> dict[str, float]:
+    """`epochs` passes over an update's micro-batches: the mean of each metric. The engine says when the optimiser moves.
 
     Raises FloatingPointError when a loss is not finite, before it reaches the weights.
     """
+    batches = batches if epochs == 1 else list(batches)
     history: list[Metrics] = []
-    for batch in batches:
-        loss, metrics = method.loss(policy, batch)
-        require_finite(loss, batch)
-        engine.backward(loss)
-        engine.step()
-        history.append({"loss": loss.detach(), **metrics})
+    for epoch in range(epochs):
+        for batch in batches:
+            loss, metrics = method.loss(policy, replace(batch, epoch=epoch))
+            require_finite(loss, batch)
+            engine.backward(loss)
+            engine.step()
+            history.append({"loss": loss.detach(), **metrics})
     return {name: float(torch.stack([m[name].float() for m in history]).mean()) for name in history[0]}
 
 
@@ -79,12 +82,13 @@ def require_finite(loss: Tensor, batch: Rollouts) -> None:
 
 
 def learning_rate_factor(
-    step: int, *, warmup: int, updates: int, shape: Literal["constant", "linear", "cosine"] = "constant"
+    step: int, *, warmup: int, steps: int, shape: Literal["constant", "linear", "cosine"] = "constant"
 ) -> float:
-    """Factor on the learning rate at an update counted from 0: a linear rise over `warmup`, then the shape down to 0."""
+    """Factor on the learning rate at an optimiser step counted from 0: a linear rise over `warmup`, then the shape down to 0
+    after `steps`."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    progress = min(1.0, (step - warmup) / max(1, updates - warmup))
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
     if shape == "linear":
         return 1 - progress
     return 0.5 * (1 + math.cos(math.pi * progress)) if shape == "cosine" else 1.0

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from raydiff.core.denoise import Noise, Predict, checkpointed, denoise, seeded_noise
+from raydiff.core.denoise import Noise, Observe, Predict, checkpointed, denoise, seeded_noise
 from raydiff.core.reward_vjp import Parts, RewardError, Score
 from raydiff.core.schedule import Schedule
 
@@ -76,10 +77,17 @@ class Policy:
     gradient_checkpointing: bool = True
     calls: Calls = field(default_factory=Calls)
 
-    def predict(self, prompts: Sequence[str]) -> Predict:
-        """Predict under B prompts: counted, and recomputed in the backward pass if the run says so."""
-        predict = self.model.predict(self.denoiser, prompts, self.guidance, self.detach_negative)
-        passes = 1 if self.guidance == 1 else 2
+    @cached_property
+    def training_schedule(self) -> Schedule:
+        """Every step of the noise process that the network was trained on, from the noisiest."""
+        return self.model.schedule(self.schedule.train_steps, "trailing", None)
+
+    def predict(self, prompts: Sequence[str], *, guidance: float | None = None, once: bool = False) -> Predict:
+        """Predict under B prompts, guided as the run says or as given: counted, and recomputed in the backward pass if the run
+        says so. `once` promises a single call with gradient, where recomputation would save nothing."""
+        guidance = self.guidance if guidance is None else guidance
+        predict = self.model.predict(self.denoiser, prompts, guidance, self.detach_negative)
+        passes = 1 if guidance == 1 else 2
 
         def counted(x: Tensor, time: Tensor) -> Tensor:
             self.calls.unet_forward += passes * len(x)
@@ -88,7 +96,7 @@ class Policy:
                 out.register_hook(lambda _: self._count_backward(passes * len(x)))
             return out
 
-        return checkpointed(counted) if self.gradient_checkpointing else counted
+        return checkpointed(counted) if self.gradient_checkpointing and not once else counted
 
     def _count_backward(self, passes: int) -> None:
         self.calls.unet_backward += passes
@@ -98,14 +106,25 @@ class Policy:
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[str], seeds: Sequence[int], *, last: int | None = None, keep: Sequence[int] = ()
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        starts: Sequence[int] | None = None,
+        last: int | None = None,
+        keep: Sequence[int] = (),
+        observe: Observe | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Walk from noise to grid point `last` (default: the clean end) without a graph: (latents, kept) of `denoise`."""
+        """Walk from noise to grid point `last` (default: the clean end) without a graph: (latents, kept) of `denoise`.
+
+        x_T comes from `starts`, the noise of later steps from `seeds`, which stand in for `starts` where there are none.
+        """
         noise = self.noise(seeds)
+        start = noise(-1) if starts is None else self.noise(starts)(-1)
         self.calls.images += len(prompts)
         return denoise(
-            self.predict(prompts), self.schedule, noise(-1), last=last, eta=self.eta, keep=keep, noise=noise
-        )  # fmt: skip
+            self.predict(prompts), self.schedule, start, last=last, eta=self.eta, keep=keep, noise=noise, observe=observe
+        )
 
     def rewards(self, latents: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Parts]:
         """Decode (B,C,h,w) and score: total (B,) with gradient, and the named parts.

@@ -12,17 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raydiff.core.denoise import mix
+
+_LOSS = 0x105  # keeps what a loss draws apart from the sampler's noise
+
 
 @dataclass(frozen=True)
 class Rollouts:
     """G sampled trajectories for each of B prompts; one prompt is one row of a dataset."""
 
     prompts: tuple[str, ...]  # B
-    seeds: Tensor  # (B,G) int64: with the weights' version, they determine the latents
+    seeds: Tensor  # (B,G) int64: a loss draws from them too, so a row that is met in two updates has other seeds in each
     latents: Tensor  # (B,G,N,C,h,w) fp32: half precision would move log-ratios by more than their clip
     kept: tuple[int, ...]  # N grid points, ascending
     rewards: Mapping[str, Tensor] | None = None  # by name, with "total": (B,G) each
     log_probs: Tensor | None = None  # (B,G,S) of each step under the weights that sampled it, summed over C,h,w
+    advantages: Tensor | None = None  # (B,G) weight of each attempt's term, from the rewards of the whole update
+    epoch: int = 0  # which of its update's passes this is: a loss draws anew in each
     version: int = 0  # of the weights that sampled
     digest: str = ""
 
@@ -32,6 +38,7 @@ class Rollouts:
         assert self.latents.shape[:3] == (b, g, len(self.kept)), f"latents {tuple(self.latents.shape)}, kept {self.kept}"
         assert self.rewards is None or all(r.shape == (b, g) for r in self.rewards.values())
         assert self.log_probs is None or self.log_probs.shape[:2] == (b, g)
+        assert self.advantages is None or self.advantages.shape == (b, g)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -44,8 +51,18 @@ class Rollouts:
         """The prompt of each attempt, B·G of them, in the order of `at`."""
         return [prompt for prompt in self.prompts for _ in range(self.seeds.shape[1])]
 
+    def total(self) -> Tensor:
+        """The total reward of each attempt, (B,G)."""
+        assert self.rewards is not None, "these rollouts were not scored"
+        return self.rewards["total"]
+
     def flat_seeds(self) -> list[int]:
         return self.seeds.flatten().tolist()
+
+    def loss_seeds(self, *, shared: bool) -> list[int]:
+        """A seed for what a loss draws for each attempt, B·G; `shared`: the same for all attempts of a prompt."""
+        seeds = self.seeds[:, :1].expand_as(self.seeds) if shared else self.seeds
+        return [mix(seed, self.epoch, _LOSS) for seed in seeds.flatten().tolist()]
 
     def select(self, rows: Sequence[int]) -> Rollouts:
         index = torch.as_tensor(rows, dtype=torch.long)
@@ -56,6 +73,7 @@ class Rollouts:
             latents=self.latents[index],
             rewards=None if self.rewards is None else {name: r[index] for name, r in self.rewards.items()},
             log_probs=None if self.log_probs is None else self.log_probs[index],
+            advantages=None if self.advantages is None else self.advantages[index],
         )
 
     def to(self, device: torch.device | str) -> Rollouts:
@@ -65,6 +83,7 @@ class Rollouts:
             latents=self.latents.to(device),
             rewards=None if self.rewards is None else {name: r.to(device) for name, r in self.rewards.items()},
             log_probs=None if self.log_probs is None else self.log_probs.to(device),
+            advantages=None if self.advantages is None else self.advantages.to(device),
         )
 
     @staticmethod
@@ -73,7 +92,8 @@ class Rollouts:
         first = parts[0]
 
         def kind(p: Rollouts) -> Any:
-            return p.kept, p.version, p.digest, p.rewards and tuple(p.rewards), p.log_probs is None
+            parts = p.rewards and tuple(p.rewards), p.log_probs is None, p.advantages is None
+            return p.kept, p.version, p.digest, p.epoch, *parts
 
         if any(kind(p) != kind(first) for p in parts):
             raise ValueError("rollouts with other points or parts, or from other weights, cannot be one batch")
@@ -84,4 +104,5 @@ class Rollouts:
             latents=torch.cat([p.latents for p in parts]),
             rewards=first.rewards and {name: torch.cat([p.rewards[name] for p in parts]) for name in first.rewards},  # type: ignore[index]
             log_probs=None if first.log_probs is None else torch.cat([p.log_probs for p in parts]),  # type: ignore[misc]
+            advantages=None if first.advantages is None else torch.cat([p.advantages for p in parts]),  # type: ignore[misc]
         )

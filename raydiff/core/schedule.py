@@ -29,6 +29,7 @@ class Schedule:
     alpha: Tensor  # (S+1,) signal level
     sigma: Tensor  # (S+1,) noise level
     output: Output
+    train_steps: int = 1000  # T of the noise process that the network was trained on
 
     @property
     def steps(self) -> int:
@@ -71,6 +72,12 @@ class Schedule:
         std = self.std(i, x, eta)
         sigma_next = _at(self.sigma, i + 1, x)
         return _at(self.alpha, i + 1, x) * x0 + (sigma_next**2 - std**2) ** 0.5 * eps, std
+
+    def target(self, x0: Tensor, eps: Tensor, i: int | Tensor) -> Tensor:
+        """What the network should answer at x = add_noise(x0, eps, i), (B,C,h,w): `split` of it gives (x0, eps) back."""
+        if self.output == "eps":
+            return eps
+        return _at(self.alpha, i, x0) * eps - _at(self.sigma, i, x0) * x0 if self.output == "v" else eps - x0
 
     def add_noise(self, x0: Tensor, eps: Tensor, i: int | Tensor) -> Tensor:
         """x at grid point i, (B,C,h,w)."""
@@ -138,7 +145,7 @@ def _variance_preserving(config: Mapping[str, Any], steps: int, spacing: Spacing
     bar = torch.cat([bars[times], torch.tensor([final_alpha], dtype=torch.float64)])
     if prediction == "epsilon" and bar[0] == 0:
         raise ValueError("an epsilon-prediction network cannot start at zero signal: use a v-prediction model")
-    return Schedule(times, bar.sqrt(), (1 - bar).sqrt(), _OUTPUT_OF[prediction])
+    return Schedule(times, bar.sqrt(), (1 - bar).sqrt(), _OUTPUT_OF[prediction], len(bars))
 
 
 def _times(train_steps: int, steps: int, spacing: str, offset: int) -> Tensor:
@@ -170,7 +177,7 @@ def _flow(config: Mapping[str, Any], steps: int) -> Schedule:
     first, last = shifted(torch.tensor([1.0, 1 / train_steps], dtype=torch.float64)).tolist()
     s = shifted(torch.linspace(first, last, steps, dtype=torch.float64))
     sigma = torch.cat([s, torch.zeros(1, dtype=torch.float64)])
-    return Schedule(s * train_steps, 1 - sigma, sigma, "flow")
+    return Schedule(s * train_steps, 1 - sigma, sigma, "flow", train_steps)
 
 
 def _at(table: Tensor, i: int | Tensor, like: Tensor) -> Any:

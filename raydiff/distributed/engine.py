@@ -24,6 +24,7 @@ def deepspeed_config(run: Run, workers: int, *, persistence_threshold: int | Non
     leaves a tiny model's parameters all whole.
     """
     batch = geometry(run, workers)
+    # DeepSpeed's batch is what one optimiser step takes.
     zero: dict[str, Any] = {"stage": run.train.zero_stage}
     if run.train.zero_stage:
         # The defaults allocate 2 GB a bucket, whatever the adapter's size.
@@ -31,9 +32,9 @@ def deepspeed_config(run: Run, workers: int, *, persistence_threshold: int | Non
     if run.train.zero_stage == 3 and persistence_threshold is not None:
         zero["stage3_param_persistence_threshold"] = persistence_threshold
     return {
-        "train_batch_size": batch.size,
+        "train_batch_size": batch.size // batch.minibatches,
         "train_micro_batch_size_per_gpu": batch.micro,
-        "gradient_accumulation_steps": batch.accumulation,
+        "gradient_accumulation_steps": batch.step_accumulation,
         "gradient_clipping": run.optimizer.max_grad_norm,
         "steps_per_print": 2**31,
         "zero_optimization": zero,
@@ -76,7 +77,7 @@ class ZeroEngine:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next update."""
+        """The learning rate of the next optimiser step."""
         return float(self.scheduler.get_last_lr()[0])
 
     def full(self, kind: Kind) -> dict[str, Tensor]:
@@ -108,6 +109,7 @@ class ZeroEngine:
         """Put back Adam's moments {"exp_avg": {name: tensor}, ...} and the count of updates done. Collective."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
+        steps = updates * self.session.geometry.optimizer_steps
         self._make_moments()
         for kind, tensors in moments.items():
             for name, p in self.trained.items():
@@ -117,10 +119,10 @@ class ZeroEngine:
                 else:
                     safe_set_full_optimizer_state(p, value, kind)
         for state in self.adam.state.values():
-            state["step"].fill_(updates)
-        self.scheduler.last_epoch = updates - 1
+            state["step"].fill_(steps)
+        self.scheduler.last_epoch = steps - 1
         self.scheduler.step()
-        self.deepspeed.global_steps = updates
+        self.deepspeed.global_steps = steps
 
     def _one(self, p: Tensor, kind: Kind) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state
@@ -147,7 +149,7 @@ class ZeroEngine:
         noise = torch.zeros(1, *self.session.model.latent_shape, device=self.session.model.device)
         time = policy.schedule.time(0, noise)
         predict = self.session.model.predict(self.deepspeed, [""], 1)
-        for _ in range(self.session.geometry.accumulation):
+        for _ in range(self.session.geometry.step_accumulation):
             self.deepspeed.backward(predict(noise, time).sum() * 0)
             self.deepspeed.step()
 

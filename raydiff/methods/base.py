@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from raydiff.config import PluginConfig, Run
+from raydiff.core.advantages import Advantages
 from raydiff.core.learner import Metrics
+from raydiff.core.log_prob import Reduction
 from raydiff.core.policy import Policy
 from raydiff.core.rollouts import Rollouts
+from raydiff.core.schedule import Schedule
 
 
 class Method(PluginConfig):
     """Which points of a trajectory to keep, and the loss on them."""
 
-    @property
-    def attempts(self) -> int:
-        """G, samples per prompt."""
-        return 1
+    attempts: int = Field(1, ge=1)
+    """G, samples per prompt."""
+    inner_epochs: int = Field(1, ge=1)
+    """Passes over the samples of an update. More than one trains on samples of slightly older weights."""
+    minibatches: int = Field(1, ge=1)
+    """Optimiser steps in a pass; must divide the micro-batches of each worker."""
 
     @property
     def needs_reference(self) -> bool:
@@ -34,12 +42,25 @@ class Method(PluginConfig):
         """Whether rollouts carry the log-probability of each step under the weights that sampled it."""
         return False
 
+    @property
+    def shared_start(self) -> bool:
+        """Whether the attempts of a prompt start from one x_T; the noise of later steps is each attempt's own."""
+        return False
+
+    def advantages(self) -> Advantages | None:
+        """What turns the rewards of a whole update, over all workers, into `Rollouts.advantages`; a run keeps one for good.
+        None: the loss needs none."""
+        return None
+
     def check(self, run: Run) -> None:
         if run.generation.where == "pool" and max(self.keep(run.sampler.steps, torch.Generator())) == 0:
             raise ValueError(
                 f'generation.where = "pool": method.kind = {self.kind!r} differentiates all {run.sampler.steps} steps here,'
                 ' which leaves a pool nothing to do; set generation.where to "learner", or differentiate fewer steps (draft_k)'
             )
+
+    def check_grid(self, schedule: Schedule, eta: float) -> None:
+        """Raise ValueError when this method cannot work on the sampling grid that the model gave."""
 
     def keep(self, steps: int, rng: torch.Generator) -> tuple[int, ...]:
         """Grid points 0..steps to keep; sampling stops at the last one. `rng` is the same on every worker."""
@@ -71,3 +92,63 @@ class RewardGradientMethod(Method):
                     f"rewards.{name}: kind = {reward.kind!r} has no gradient, and method.kind = {self.kind!r} needs one:"
                     f" choose a differentiable reward, move it to evaluate.rewards.{name} to measure it only"
                 )
+
+
+class CleanMethod(Method):
+    """A method that trains on clean latents, labelled or scored: it noises them anew, and asks for no sampler step."""
+
+    caption_dropout: float = Field(0.0, ge=0, le=1)
+    """Probability that a sample's caption becomes the empty one, so that guidance keeps its negative half."""
+
+    @property
+    def needs_rewards(self) -> bool:
+        return True
+
+    def keep(self, steps: int, rng: torch.Generator) -> tuple[int, ...]:
+        return (steps,)
+
+
+class TrajectoryMethod(Method):
+    """A method that scores the sampler's own steps, each of which must have a density.
+
+    A grid that ends in sigma = 0 is refused: its last step is deterministic, and leaving it out would train every step but the
+    one that lands on the picture, without saying so.
+    """
+
+    timestep_fraction: float = Field(1.0, gt=0, le=1)
+    """Of each trajectory's steps, the share to train on; drawn anew for each micro-batch, the same for all its attempts."""
+    log_prob_reduction: Reduction = "mean"
+    """What a step's log-ratio is: divided by the D numbers of a latent, as the published constants assume, or the true sum."""
+
+    @property
+    def needs_rewards(self) -> bool:
+        return True
+
+    def keep(self, steps: int, rng: torch.Generator) -> tuple[int, ...]:
+        return tuple(range(steps + 1))
+
+    def steps(self, batch: Rollouts) -> list[int]:
+        """The steps i -> i+1 to train on, ascending."""
+        steps = len(batch.kept) - 1
+        draw = torch.Generator().manual_seed(batch.loss_seeds(shared=True)[0])
+        return sorted(torch.randperm(steps, generator=draw)[: math.ceil(self.timestep_fraction * steps)].tolist())
+
+    def check(self, run: Run) -> None:
+        super().check(run)
+        if run.sampler.eta == 0:
+            raise ValueError(
+                f"sampler.eta = 0 samples without noise, and method.kind = {self.kind!r} needs the density of each step:"
+                " set sampler.eta to 1"
+            )
+        if run.sampler.final_alpha == 1:
+            raise ValueError(
+                f"sampler.final_alpha = 1 makes the last step deterministic, and method.kind = {self.kind!r} needs its density:"
+                ' set sampler.final_alpha to "none", the model\'s own'
+            )
+
+    def check_grid(self, schedule: Schedule, eta: float) -> None:
+        if still := [i for i in range(schedule.steps) if schedule.std(i, torch.empty(0), eta) == 0]:
+            raise ValueError(
+                f"method.kind = {self.kind!r} needs the density of each step, and on the model's own grid step {still[0]} of"
+                f' {schedule.steps} is deterministic: set sampler.spacing to "trailing" and sampler.final_alpha to 0.999'
+            )

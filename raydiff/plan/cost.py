@@ -53,7 +53,8 @@ class _StubModel:
         self.denoiser: nn.Module = nn.Linear(1, 1, bias=False)
 
     def schedule(self, steps: int, spacing: Any = None, final_alpha: float | None = None) -> Schedule:
-        return Schedule.from_config({"num_train_timesteps": max(1000, steps)}, steps, spacing=spacing, final_alpha=final_alpha)
+        config = {"num_train_timesteps": max(1000, steps), "set_alpha_to_one": False}
+        return Schedule.from_config(config, steps, spacing=spacing or "trailing", final_alpha=final_alpha)
 
     def predict(self, denoiser: nn.Module, prompts: Sequence[str], guidance: float, detach_negative: bool = False) -> Predict:
         return lambda x, time: 0 * denoiser(x)
@@ -94,6 +95,7 @@ def small(run: Run, model: Any, micro: int, **sampler: Any) -> Run:
     return run.model_copy(
         update={
             "model": model,
+            "method": run.method.model_copy(update={"minibatches": 1}),
             "batch": Batch(size=micro, micro=micro),
             "pools": Pools(),
             "optimizer": run.optimizer.model_copy(update={"ema": None}),

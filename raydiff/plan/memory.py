@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -112,7 +112,13 @@ class _Traced(Session):
     def sample(self, step: int, m: int) -> Rollouts:
         kept, seeds = self.kept(step), torch.zeros(self.run.batch.micro, self.method.attempts, dtype=torch.int64)
         latents = torch.empty(*seeds.shape, len(kept), *self.model.latent_shape, device="meta")
-        return Rollouts(("a",) * len(seeds), seeds, latents, kept)
+        rollouts = Rollouts(("a",) * len(seeds), seeds, latents, kept)
+        if self.method.needs_rewards:  # with values, as losses decide by them
+            rollouts = replace(rollouts, rewards={"total": torch.zeros(seeds.shape)})
+        if self.method.needs_log_probs:
+            steps = self.policy.schedule.steps
+            rollouts = replace(rollouts, log_probs=torch.empty(*seeds.shape, steps, device="meta"))
+        return rollouts
 
 
 class Live(TorchDispatchMode):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from raydiff.core.denoise import Predict, guided
+from raydiff.core.log_prob import gaussian_log_prob
 from raydiff.core.policy import Policy
 from raydiff.core.reward_vjp import weighted_sum
+from raydiff.core.rollouts import Rollouts
 from raydiff.core.schedule import Schedule
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "set_alpha_to_one": True}
@@ -43,6 +46,9 @@ class Model:
         self.denoiser.inner.requires_grad_(False)
         self.denoiser.outer.requires_grad_(False)
 
+    def schedule(self, steps: int, spacing: Any, final_alpha: float | None) -> Schedule:
+        return Schedule.from_config({**SD, "set_alpha_to_one": False}, steps, spacing=spacing, final_alpha=final_alpha)
+
     def predict(self, denoiser: nn.Module, prompts: Sequence[str], guidance: float, detach_negative: bool = False) -> Predict:
         codes = torch.tensor([len(p) / 10 for p in prompts], dtype=torch.float64)
         if guidance == 1:
@@ -71,14 +77,14 @@ def smooth_reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def make_policy(
-    *, steps: int = 4, guidance: float = 3.0, eta: float = 0.0, checkpointing: bool = True, seed: int = 0
+    *, steps: int = 4, guidance: float = 3.0, eta: float = 0.0, checkpointing: bool = True, final_alpha: float | None = 1.0
 ) -> Policy:
     torch.manual_seed(0)
     model = Model()
     return Policy(
         model=model,  # type: ignore[arg-type]
         denoiser=model.denoiser,
-        schedule=Schedule.from_config(SD, steps, spacing="trailing", final_alpha=1.0),
+        schedule=model.schedule(steps, "trailing", final_alpha),
         score=weighted_sum({"smooth": smooth_reward}, {"smooth": 1.0}),
         guidance=guidance,
         eta=eta,
@@ -89,3 +95,24 @@ def make_policy(
 def gradient(loss: Tensor, policy: Policy) -> Tensor:
     """d loss / d delta, flattened."""
     return torch.autograd.grad(loss, policy.model.trained()["delta"])[0].flatten()
+
+
+def make_rollouts(
+    policy: Policy, prompts: Sequence[str], attempts: int, *, first_seed: int = 0, rewards: Tensor | None = None
+) -> Rollouts:
+    """Whole trajectories of `attempts` that share x_T, with the log-probability of each step; rewards (B,G), or the policy's."""
+    flat = [prompt for prompt in prompts for _ in range(attempts)]
+    seeds = first_seed + torch.arange(len(flat))
+    starts = [first_seed + 1000 + b for b in range(len(prompts)) for _ in range(attempts)]
+    steps: list[Tensor] = []
+    keep = range(policy.schedule.steps + 1)
+
+    def record(x: Tensor, mean: Tensor, std: float) -> None:
+        steps.append(gaussian_log_prob(x, mean, std) if std else torch.zeros(len(x)))
+
+    clean, points = policy.sample(flat, seeds.tolist(), starts=starts, keep=keep, observe=record)
+    shape = (len(prompts), attempts)
+    total = policy.rewards(clean, flat, seeds.tolist())[0].detach().view(shape) if rewards is None else rewards
+    log_probs = torch.stack(steps, 1).unflatten(0, shape)
+    points = points.double().unflatten(0, shape)
+    return Rollouts(tuple(prompts), seeds.view(shape), points, tuple(keep), {"total": total}, log_probs)

@@ -1,0 +1,88 @@
+"""D3PO: preferences between sampled trajectories, applied to each of their steps (Yang et al. 2024, arXiv 2311.13231, eq. 14).
+
+Legend: B prompts, G attempts, P pairs, R attempts that are in a pair, D numbers of a latent.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from raydiff.config import Run
+from raydiff.core.learner import Metrics
+from raydiff.core.log_prob import log_ratio, transition_log_prob
+from raydiff.core.policy import Policy
+from raydiff.core.preferences import Rule, Which, accuracy, logistic_loss, mean_over, preferred_pairs
+from raydiff.core.rollouts import Rollouts
+from raydiff.methods.base import TrajectoryMethod
+
+
+class Plugin(TrajectoryMethod):
+    """-log σ(beta·(l_winner - l_loser)) at each step, with l = log π_θ/π_reference of the step, clamped."""
+
+    kind: Literal["d3po"] = "d3po"
+    attempts: int = Field(2, ge=2)
+    beta: float = Field(0.1, gt=0)
+    """Published for the mean over D: with `log_prob_reduction = "sum"` the same strength is beta/D."""
+    clip: float = Field(0.1, gt=0, lt=1)
+    """l is clamped to [log(1 - clip), log(1 + clip)]; beyond it a step has no gradient."""
+    pairs: Which = "best_worst"
+    """One pair a prompt, its best against its worst, or each two attempts."""
+    preference: Rule = "total"
+    """The larger total wins, or Pareto dominance: no reward smaller and one larger, else a tie."""
+    ties: Literal["drop", "keep"] = "drop"
+    """Leave ties out of the mean, or count each as log 2 without a gradient, as the official code does."""
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    @property
+    def shared_start(self) -> bool:
+        return True
+
+    def check(self, run: Run) -> None:
+        super().check(run)
+        for name, reward in run.rewards.named.items():
+            if self.preference == "pareto" and reward.weight <= 0:
+                raise ValueError(
+                    f'rewards.{name}.weight = {reward.weight}: method.preference = "pareto" takes each reward as it is, larger'
+                    f' being better; set method.preference to "total", or move the reward to evaluate.rewards.{name}'
+                )
+
+    def loss(self, policy: Policy, batch: Rollouts) -> tuple[Tensor, Metrics]:
+        """One graph over all steps: with gradient checkpointing each adds a few latents to it, not a network's activations."""
+        assert batch.rewards is not None
+        pairs = preferred_pairs(batch.rewards, self.pairs, self.preference)
+        rows, place = pairs.rows()
+        chosen, prompts = rows.tolist(), batch.flat_prompts()
+        predict, steps = policy.predict([prompts[r] for r in chosen]), self.steps(batch)
+
+        def log_prob(i: int) -> Tensor:
+            x, x_next = batch.at(i)[chosen], batch.at(i + 1)[chosen]
+            return transition_log_prob(predict, policy.schedule, i, x, x_next, policy.eta)
+
+        with torch.no_grad(), policy.model.reference():  # all at once: switching adapters walks the whole network
+            reference = [log_prob(i) for i in steps]
+        size = math.prod(policy.model.latent_shape)
+        ratio = torch.stack(
+            [log_ratio(log_prob(i), base, size, self.log_prob_reduction) for i, base in zip(steps, reference, strict=True)]
+        )  # (steps,R)
+        clamped = ratio.clamp(math.log(1 - self.clip), math.log(1 + self.clip))
+        winner, loser = clamped[:, place.to(ratio.device)].chunk(2, 1)
+        decided = pairs.decided.to(ratio.device)
+        inside = self.beta * (winner - loser) * decided  # (steps,P); 0 for a tie
+        per_pair = logistic_loss(inside).mean(0)
+        loss = per_pair.mean() if self.ties == "keep" else mean_over(per_pair, decided)
+        return loss, {
+            "implicit_accuracy": accuracy(inside.mean(0), decided),
+            "margin": mean_over(inside.detach().mean(0), decided),
+            "clipped": (ratio.detach() != clamped.detach()).float().mean(),
+            "log_ratio": ratio.detach().mean(),
+            "pairs_used": decided.float().mean(),
+            "reward/total": batch.total().mean(),
+        }
