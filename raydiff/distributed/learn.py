@@ -89,7 +89,7 @@ class Worker:
                 checkpoint.check_same_run(found.run, run)
                 kinds = ("parameters", "exp_avg", "exp_avg_sq", *(("ema",) if self.session.ema else ()))
                 saved = {kind: found.tensors(kind) for kind in kinds}
-        self.session.method = AgreedLoss(run.method, ranks)
+        self.session.method, self.session.gather = AgreedLoss(run.method, ranks), ranks.gather
         self.engine = ZeroEngine(self.session, weights=saved.get("parameters"))
         if found:
             self.resume(found, saved)
@@ -102,6 +102,7 @@ class Worker:
             self.session.ema.updates = found.next_step
             for name, average in self.session.ema.average.items():
                 average.copy_(saved["ema"][name])
+        self.session.restore(found.state)
         if self.ranks.rank == 0:
             self.session.policy.calls = found.calls
             self.add(found.history, [])
@@ -194,6 +195,7 @@ class Worker:
                         calls=calls,
                         seconds=self.seconds,
                         history=self.history,
+                        state=self.session.state(),
                     )
             finally:
                 for _ in tensors:
