@@ -33,7 +33,7 @@ def pooled(tiny_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFactor
     storage = str(tmp_path_factory.mktemp("storage"))
 
     def make(changes: dict[str, Any] | None = None, method: str = "draft_lv") -> Run:
-        base = tiny_run(
+        return tiny_run(
             method,
             {
                 "storage": storage,
@@ -47,9 +47,9 @@ def pooled(tiny_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFactor
                 "pools.generate": {"replicas": 2, "num_cpus": 0.5},
                 "pools.reward": {"replicas": 2, "num_cpus": 0.25},
                 **BOTH,
+                **(changes or {}),
             },
         )
-        return override(base, changes or {})
 
     return make
 
@@ -98,8 +98,9 @@ def test_metrics_of_the_pools(undisturbed: Result) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["draft_k", "refl"])
 def test_other_methods_and_one_generator_equal_fit(cluster: str, pooled: MakeRun, method: str) -> None:
-    run = pooled({"pools.generate.replicas": 1, "pools.reward.replicas": 1, "batch.micro": 2, "sampler.eta": 0.5}, method)
-    run = override(run, {"method.k": 2} if method == "draft_k" else {"method.last_steps": 3})
+    own = {"method.k": 2} if method == "draft_k" else {"method.last_steps": 3}
+    one = {"pools.generate.replicas": 1, "pools.reward.replicas": 1, "batch.micro": 2, "sampler.eta": 0.5}
+    run = pooled({**one, **own}, method)
     alone = list(fit(override(run, {"generation.where": "learner", "rewards.where": "learner"})))
     assert_equal_step_by_step(train(run), alone)
 
