@@ -21,6 +21,10 @@ class Plugin(RewardConfig):
     die_once: str | None = None
     """A file that does not exist yet: the worker that makes it is killed, in its `die_at`-th call with a gradient."""
     die_at: int = 3
+    raise_once: str | None = None
+    """A file that does not exist yet: the call that makes it raises."""
+    raise_for: str | None = None
+    """A prompt whose every call raises."""
     nan_for: str | None = None
     """A prompt whose reward is NaN."""
 
@@ -33,6 +37,8 @@ class Plugin(RewardConfig):
             calls += images.requires_grad
             if self.die_once and calls == self.die_at and _first(Path(self.die_once)):
                 os.kill(os.getpid(), signal.SIGKILL)
+            if (self.raise_once and _first(Path(self.raise_once))) or self.raise_for in prompts:
+                raise RuntimeError("the reward's server is away")
             nan = torch.tensor([float("nan") if prompt == self.nan_for else 0.0 for prompt in prompts])
             return -(images - images.new_tensor((0.1, 0.3, 0.9))[:, None, None]).square().mean((1, 2, 3)) + nan
 
