@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -28,7 +29,7 @@ from raydiff.distributed.storage import Folder
 
 HIDDEN = "_raydiff"
 ABOUT, BAD_ROWS = f"{HIDDEN}/dataset.json", f"{HIDDEN}/bad_rows.jsonl"
-_RETRIES = 2  # of a ticket whose actor raised, and restarts of an actor that died
+_RETRIES = 2  # of a ticket whose worker raised or died
 _EVERY = 10.0  # seconds between lines where there is no terminal
 
 
@@ -82,7 +83,7 @@ class Output:
 
 
 class Worker:
-    """An actor: answers a ticket by making those of its files that are not there yet."""
+    """Makes the files of a ticket that are not there yet. Built once an actor."""
 
     output: Output
 
@@ -94,17 +95,44 @@ class Worker:
         """The file of one range, and the rows that it leaves out."""
         raise NotImplementedError
 
-    def __call__(self, tickets: Mapping[str, Any]) -> dict[str, list[int]]:
-        ticket = {key: column[0] for key, column in tickets.items()}
-        files = left_out = 0
+    def answer(self, ticket: Mapping[str, Any]) -> int:
+        """Make them. Returns how many of the ticket's rows are left out."""
+        left_out = 0
         for start, stop, rows in self.pieces(ticket):
             if self.output.has(start, stop):
                 bad = self.output.bad(start, stop)
             else:
                 data, bad = self.make(start, rows, ticket)
                 self.output.write(start, stop, data, bad)
-            files, left_out = files + 1, left_out + len(bad)
-        return {"rows": [int(ticket["stop"] - ticket["start"])], "files": [files], "bad": [left_out]}
+            left_out += len(bad)
+        return left_out
+
+
+class Actor:
+    """A Worker as Ray Data sees it. What a worker raises comes back as a row: Ray Data would keep its type and message back."""
+
+    def __init__(self, kind: type, *arguments: Any) -> None:
+        self.build, self.worker = lambda: kind(*arguments), None
+
+    def __call__(self, tickets: Mapping[str, Any]) -> dict[str, list[Any]]:
+        ticket = {key: column[0] for key, column in tickets.items()}
+        bad, error, trace = 0, "", ""
+        try:
+            self.worker = self.worker or self.build()  # what fails here would fail again
+            bad = self._retried(ticket)
+        except Exception as failure:
+            error, trace = f"{type(failure).__name__}: {failure}", traceback.format_exc()
+        return {"rows": [int(ticket["stop"] - ticket["start"])], "bad": [bad], "error": [error], "trace": [trace]}
+
+    def _retried(self, ticket: Mapping[str, Any]) -> int:
+        """Answer, with some patience for a store or a server that is away."""
+        assert self.worker is not None
+        for attempt in range(_RETRIES):
+            try:
+                return self.worker.answer(ticket)
+            except Exception:
+                time.sleep(2**attempt)
+        return self.worker.answer(ticket)
 
 
 @dataclass(frozen=True)
@@ -228,7 +256,11 @@ def _follow(job: Job, tickets: list[dict[str, Any]], bad: int, progress: Progres
     total = sum(ticket["stop"] - ticket["start"] for ticket in tickets)
     done, first, said = 0, time.monotonic(), time.monotonic()
     for answer in _answers(job, claims[0], tickets):
-        done, bad = done + answer["rows"], bad + answer["bad"]
+        if answer["error"]:
+            failure = _failed(job, answer["error"])
+            failure.add_note(answer["trace"])
+            raise failure
+        done, bad = done + int(answer["rows"]), bad + int(answer["bad"])
         _within(bad, job)
         rate = done / (time.monotonic() - first)
         left = f"{bad} left out  " if bad else ""
@@ -239,7 +271,7 @@ def _follow(job: Job, tickets: list[dict[str, Any]], bad: int, progress: Progres
             progress.say(line)
 
 
-def _answers(job: Job, claim: placement.Claim, tickets: list[dict[str, Any]]) -> Iterator[dict[str, int]]:
+def _answers(job: Job, claim: placement.Claim, tickets: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """What the pool says of each ticket, in the order in which they are done."""
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext
@@ -249,12 +281,11 @@ def _answers(job: Job, claim: placement.Claim, tickets: list[dict[str, Any]]) ->
     context = DataContext.get_current().copy()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # a ticket may take hours
-    context.retried_map_errors, context.max_map_retries = True, _RETRIES
     context.issue_detectors_config.detectors = []  # they take a long ticket for a hanging one
     with DataContext.current(context):
         data = ray.data.from_items(tickets, override_num_blocks=len(tickets)).map_batches(
-            job.worker,
-            fn_constructor_args=(*job.arguments, "cuda" if claim.gpus else "cpu"),
+            Actor,
+            fn_constructor_args=(job.worker, *job.arguments, "cuda" if claim.gpus else "cpu"),
             batch_size=1,
             # One in flight: a ticket takes minutes, and would wait behind another while an actor is free.
             compute=ActorPoolStrategy(size=claim.replicas, max_tasks_in_flight_per_actor=1),
@@ -262,25 +293,18 @@ def _answers(job: Job, claim: placement.Claim, tickets: list[dict[str, Any]]) ->
             num_gpus=claim.gpus or None,
             label_selector=dict(claim.labels) or None,
             runtime_env=job.runtime_env or None,
-            max_restarts=10 * _RETRIES,
-            max_task_retries=_RETRIES,
+            # Any number of lost actors, but a ticket that kills each of them ends it.
+            ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": _RETRIES},
         )
         try:
             for batch in data.iter_batches(batch_size=None, prefetch_batches=0):
-                yield from ({k: int(batch[k][i]) for k in batch} for i in range(len(batch["rows"])))
+                yield from ({k: batch[k][i] for k in batch} for i in range(len(batch["rows"])))
         except RayError as error:
-            raise _told(error, job) from error
+            raise _failed(job, f"{type(error).__name__}: {error}") from error
 
 
-def _told(error: BaseException, job: Job) -> BatchError:
-    """What a user needs to know of an actor's last failure."""
-    cause = error
-    while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None:
-        cause = inner
-    return BatchError(
-        f"{job.what}: an actor failed {_RETRIES + 1} times on the same rows: {type(cause).__name__}: {cause}\n"
-        f"What is finished stays in {job.output.uri}; the same command goes on from there"
-    )
+def _failed(job: Job, why: str) -> BatchError:
+    return BatchError(f"{job.what}: {why}\nWhat is finished stays in {job.output.uri}; the same command goes on from there")
 
 
 def _within(bad: int, job: Job) -> None:
