@@ -34,6 +34,7 @@ def modules(package: object) -> list[str]:
                 "raydiff.data.files",
                 "raydiff.session",
                 "raydiff.local",
+                "raydiff.pictures",
                 "raydiff.generate",
             ],
             BESIDE_TORCH,

@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 from raydiff import __version__, placement
@@ -26,6 +27,7 @@ from raydiff.config import ConfigError, Pool
 from raydiff.distributed import cluster
 from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.storage import Folder
+from raydiff.plan import cluster_nodes
 
 HIDDEN = "_raydiff"
 ABOUT, BAD_ROWS = f"{HIDDEN}/dataset.json", f"{HIDDEN}/bad_rows.jsonl"
@@ -54,7 +56,7 @@ class Output:
     index: str = ""  # folder inside, "" is the dataset's own
     suffix: str = ".parquet"
 
-    @property
+    @cached_property
     def folder(self) -> Folder:
         return Folder(self.uri)
 
@@ -215,47 +217,55 @@ def run(job: Job) -> Summary:
     output, folder = job.output, job.output.folder
     check_same(output, job.made_from)
     folder.check_writable()
-    about = {"what": job.what, "raydiff": __version__, "rows": job.rows, "made_from": job.made_from}
-    folder.publish(ABOUT, json.dumps(about, indent=1).encode())
     folder.clear_drafts(output.index)
     there = set(folder.files(output.index))
     ranges = [job.ranges(ticket) for ticket in job.tickets]
     missing = [i for i, files in enumerate(ranges) if any(output.name(*r) not in there for r in files)]
-    whole = [r for i, files in enumerate(ranges) if i not in set(missing) for r in files]
-    listed = set(folder.files(f"{HIDDEN}/bad"))
-    bad = sum(len(output.bad(*r)) for r in whole if output.bad_path(*r).rpartition("/")[2] in listed)
-    files = sum(map(len, ranges))
-    to_make = sum(output.name(*r) not in there for i in missing for r in ranges[i])
-    start = time.monotonic()
+    every, tickets = [r for files in ranges for r in files], [job.tickets[i] for i in missing]
+    start, seconds = time.monotonic(), 0.0
     with Progress(0) as progress:
+        if missing:
+            progress.waiting("starting Ray")
+            claim = _room(job, len(missing))
+            about = {"what": job.what, "raydiff": __version__, "rows": job.rows, "made_from": job.made_from}
+            folder.publish(ABOUT, json.dumps(about, indent=1).encode())
         try:
+            bad = len(_bad(output, [r for i in set(range(len(ranges))) - set(missing) for r in ranges[i]]))
             _within(bad, job)
             if missing:
-                progress.waiting("starting Ray")
-                _follow(job, [job.tickets[i] for i in missing], bad, progress)
+                _follow(job, claim, tickets, bad, progress)
+                seconds = time.monotonic() - start
+        except KeyboardInterrupt:
+            progress.say(f"stopped; the same command goes on with {folder}")
+            raise
         finally:
-            found = _gather(output, [r for files in ranges for r in files])
-        seconds = time.monotonic() - start
-        summary = Summary(folder.uri, job.rows, found, files, to_make, seconds)
-        rate = sum(job.tickets[i]["stop"] - job.tickets[i]["start"] for i in missing) / seconds
-        progress.say(f"{summary}; {duration(seconds)}, {rate:.2f} rows/s" if missing else f"{summary}; nothing was missing")
+            found = _bad(output, every)
+            if found:
+                folder.publish(BAD_ROWS, _lines(asdict(row) for row in found))
+        made = sum(output.name(*r) not in there for r in every)
+        summary = Summary(folder.uri, job.rows, len(found), len(every), made, seconds)
+        rate = f"; {duration(seconds)}, {_rows(tickets) / seconds:.2f} rows/s" if missing else "; nothing was missing"
+        progress.say(f"{summary}{rate}")
     return summary
 
 
-def _follow(job: Job, tickets: list[dict[str, Any]], bad: int, progress: Progress) -> None:
-    """Send the tickets through the pool and show how it goes."""
+def _room(job: Job, tickets: int) -> placement.Claim:
+    """Connect to the cluster. Returns what the pool claims there; more actors than tickets would find no work."""
     cluster.start()
-    claims: list[placement.Claim] = []
+    pool = job.pool.model_copy(update={"replicas": min(job.pool.replicas, tickets)})
 
-    def no_room(nodes: list[placement.Node]) -> list[str]:
-        claims[:] = [placement.claim(job.what, _no_larger(job.pool, len(tickets)), nodes, options=True)]
-        return placement.no_room(claims, nodes, "the cluster")
+    def claim(nodes: list[placement.Node]) -> placement.Claim:
+        return placement.claim(job.what, pool, nodes, options=True)
 
-    cluster.check_fits(no_room)
-    progress.waiting(f"loading weights into {claims[0].replicas} actors")
-    total = sum(ticket["stop"] - ticket["start"] for ticket in tickets)
-    done, first, said = 0, time.monotonic(), time.monotonic()
-    for answer in _answers(job, claims[0], tickets):
+    cluster.check_fits(lambda nodes: placement.no_room([claim(nodes)], nodes, "the cluster"))
+    return claim(cluster_nodes())
+
+
+def _follow(job: Job, claim: placement.Claim, tickets: list[dict[str, Any]], bad: int, progress: Progress) -> None:
+    """Send the tickets through the pool and show how it goes."""
+    progress.waiting(f"loading weights into {claim.replicas} actors")
+    done, total, first, said = 0, _rows(tickets), time.monotonic(), time.monotonic()
+    for answer in _answers(job, claim, tickets):
         if answer["error"]:
             failure = _failed(job, answer["error"])
             failure.add_note(answer["trace"])
@@ -315,17 +325,14 @@ def _within(bad: int, job: Job) -> None:
         )
 
 
-def _gather(output: Output, ranges: Iterable[tuple[int, int]]) -> int:
-    """Put the finished ranges' bad rows into one file. Returns how many there are."""
+def _bad(output: Output, ranges: Iterable[tuple[int, int]]) -> list[BadRow]:
+    """The bad rows of ranges, in order. One listing of the folder tells which have any."""
     listed = set(output.folder.files(f"{HIDDEN}/bad"))
-    bad = [row for r in ranges if output.bad_path(*r).rpartition("/")[2] in listed for row in output.bad(*r)]
-    if bad:
-        output.folder.publish(BAD_ROWS, _lines(asdict(row) for row in bad))
-    return len(bad)
+    return [row for r in sorted(ranges) if output.bad_path(*r).rpartition("/")[2] in listed for row in output.bad(*r)]
 
 
-def _no_larger(pool: Pool, tickets: int) -> Pool:
-    return pool.model_copy(update={"replicas": min(pool.replicas, tickets)})
+def _rows(tickets: Iterable[Mapping[str, Any]]) -> int:
+    return sum(ticket["stop"] - ticket["start"] for ticket in tickets)
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:

@@ -203,7 +203,7 @@ def test_what_is_missing_is_refused_before_anything_starts(cluster: str, draw: D
     with pytest.raises(ValueError, match=r"rows-0.*: there is no column 'picture'; there are image, prompt"):
         score(str(drawn), str(to), rewards(BLUE), columns=Columns("picture"))
     assert time.monotonic() - start < 10
-    assert not list(to.glob("rows-*"))
+    assert not list(to.glob("rows-*")) and not (to / ABOUT).exists()  # and so other settings may follow
 
 
 def test_scores_are_those_of_the_reward_called_directly(drawn: Path, tiny_run: Callable[..., Run], tmp_path: Path) -> None:
