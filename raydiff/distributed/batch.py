@@ -187,10 +187,10 @@ def check_own(output: Output) -> bool:
     folder = output.folder
     if folder.size(ABOUT) is not None:
         return True
-    visible = [name for name in [*folder.files(), *folder.folders()] if not name.startswith(("_", "."))]
-    if folder.is_file() or visible:
-        what = "is a file" if folder.is_file() else f"holds {visible[0]!r} and no {ABOUT}"
-        raise ConfigError(f"--to {folder}: {what}; give a folder of the dataset's own")
+    if folder.is_file():
+        raise ConfigError(f"--to {folder}: is a file; a dataset is a folder of files: give another name")
+    if visible := [name for name in [*folder.files(), *folder.folders()] if not name.startswith(("_", "."))]:
+        raise ConfigError(f"--to {folder}: holds {visible[0]!r} and no {ABOUT}; give a folder of the dataset's own")
     return False
 
 

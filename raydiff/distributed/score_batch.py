@@ -129,7 +129,7 @@ class Scorer(Worker):
                     found.append((i, image, cells[i][1] or ""))
             for same in _by_size(found):
                 self._score(same, parts, reasons)
-        kept = [i for i, reason in enumerate(reasons) if not reason]
+        kept = np.array([i for i, reason in enumerate(reasons) if not reason], np.int64)
         scored = images.with_rewards(rows.take(kept), {name: values[kept] for name, values in parts.items()})
         offset = start - int(ticket["start"]) + int(ticket["row"])
         bad = [BadRow(str(ticket["file"]), offset + i, reason) for i, reason in enumerate(reasons) if reason]

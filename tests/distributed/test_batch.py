@@ -155,6 +155,8 @@ def test_other_settings_are_refused(drawn: Path, draw: Draw, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"holds 'part-0\.parquet' and no _raydiff/dataset\.json"):
         draw(tmp_path / "mine.parquet")
     assert [p.name for p in (tmp_path / "mine.parquet").iterdir()] == ["part-0.parquet"]
+    with pytest.raises(ConfigError, match="is a file; a dataset is a folder"):
+        draw(tmp_path / "mine.parquet" / "part-0.parquet")
 
 
 def test_prompts_of_a_file_and_empty_ones(cluster: str, draw: Draw, tmp_path: Path) -> None:
