@@ -27,7 +27,18 @@ def modules(package: object) -> list[str]:
         (["raydiff.cli"], HEAVY),
         (modules(raydiff.core), BESIDE_TORCH | {"pydantic"}),
         ([*modules(raydiff.methods), *modules(raydiff.rewards), *modules(raydiff.models)], BESIDE_TORCH),
-        (["raydiff.data.prompts", "raydiff.session", "raydiff.local", "raydiff.pictures"], BESIDE_TORCH),
+        (
+            [
+                "raydiff.data.prompts",
+                "raydiff.data.images",
+                "raydiff.data.files",
+                "raydiff.session",
+                "raydiff.local",
+                "raydiff.pictures",
+                "raydiff.generate",
+            ],
+            BESIDE_TORCH,
+        ),
     ],
     ids=["package", "config", "cli", "core", "plugins", "local"],
 )
