@@ -176,7 +176,8 @@ def _train_here(run: Run) -> None:
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from raydiff import local
+    from raydiff import local, watch
+    from raydiff.core.guard import METRICS
 
     if "://" in run.storage:
         raise ValueError(f"storage = {run.storage!r}: a run with --local writes to a folder of this machine")
@@ -184,21 +185,24 @@ def _train_here(run: Run) -> None:
     _writable(folder)
     (folder / "run.json").write_text(run.model_dump_json(indent=1))
     device = "cpu" if run.pools.train.num_gpus == 0 else _device()
-    first: dict[str, float] = {}
-    last: dict[str, float] = {}
+    rows: list[dict[str, float]] = []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, transient=True) as progress, (folder / "metrics.jsonl").open("w") as log:
         bar = progress.add_task(run.name, total=run.train.updates)
         for metrics in local.fit(run, device=device, folder=folder / "adapter"):
             log.write(json.dumps(metrics) + "\n")
             log.flush()
-            held_out = {k: v for k, v in metrics.items() if k.startswith("held_out/")}
-            first, last = first or held_out, held_out or last
+            rows.append(metrics)
             reward = metrics.get("reward/total", metrics.get("held_out/total", 0.0))
             progress.update(bar, completed=metrics["step"], description=f"{run.name}  reward {reward:+.4f}")
-    for name, value in last.items():
-        typer.echo(f"{name}: {first[name]:.4f} -> {value:.4f}")
+    for name, value in rows[-1].items():
+        if name.startswith("held_out/") or name in METRICS:
+            typer.echo(f"{name}: {rows[0][name]:.4f} -> {value:.4f}")
+    if reason := watch.stopped(run, rows):
+        typer.echo(f"stopped by {reason}")
     typer.echo(f"adapter: {folder / 'adapter'}")
+    if best := watch.best(run, rows):
+        typer.echo(f"best adapter: {local.best_folder(folder / 'adapter')}: {best}")
     if run.evaluate.grid:
         typer.echo(f"before and after: {_before_after(run, folder, device)}")
 

@@ -12,6 +12,7 @@ import queue
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from raydiff.config import ConfigError, Run, flat
 from raydiff.distributed.storage import Folder
 
-NAME_TAG = "raydiff.name"
+NAME_TAG, BEST_TAG, STOPPED_TAG = "raydiff.name", "raydiff.best", "raydiff.stopped_by"
 _LONGEST = 6000  # characters of a parameter's value
 _AT_ONCE = 100  # parameters in one request
 
@@ -56,8 +57,11 @@ class Tracker:
             copy.write_bytes(folder.read(path))
             self.client().log_artifact(self.run_id, str(copy), None if parent == "." else parent)
 
-    def finish(self, status: str) -> None:
-        self.client().set_terminated(self.run_id, status)
+    def finish(self, status: str, tags: Mapping[str, str]) -> None:
+        client = self.client()
+        for name, value in tags.items():
+            client.set_tag(self.run_id, name, value)
+        client.set_terminated(self.run_id, status)
 
 
 def uri(run: Run) -> str:
