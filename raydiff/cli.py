@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import sys
 import time
@@ -107,6 +109,54 @@ def generate(
 
 
 @app.command()
+def evaluate(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    adapter: Annotated[str, typer.Option(metavar="DIR[:WEIGHT]", help="An exported adapter, or a run's folder.")] = "",
+    against: Annotated[str, typer.Option(metavar="base|DIR[:WEIGHT]", help="What it has to beat.")] = "base",
+    prompts_file: Annotated[Path | None, typer.Option(help="In place of the held-out prompts: .txt or .parquet.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Pictures of each side.")] = 64,
+    per_prompt: Annotated[int, typer.Option(min=1, help="Of these, pictures of one prompt.")] = 4,
+    reward: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=KIND", help="One more reward to judge by; may be repeated.")
+    ] = None,
+    resamples: Annotated[int, typer.Option(min=1, help="Bootstrap resamples of the prompts, for the intervals.")] = 10_000,
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="Where evaluation.json and grid.png go.")] = Path("evaluation"),
+    mlflow: Annotated[bool | None, typer.Option(help="Log to MLflow too; default: where it is installed.")] = None,
+    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
+) -> None:
+    """Win rates of an adapter on held-out prompts against the base model or another adapter, for each reward of a recipe."""
+    from raydiff.config import load
+
+    if not adapter:
+        raise ValueError("--adapter is missing: give the folder of an exported adapter, or of a run")
+    extra = [f"prompts.held_out={json.dumps(str(prompts_file))}"] if prompts_file else []
+    run = load(recipe, [*(overrides or ()), *extra, *(f"evaluate.rewards.{_reward(text)}" for text in reward or ())])
+    _preflight(run)
+    _writable(to)
+    if mlflow and not importlib.util.find_spec("mlflow"):
+        raise ValueError('--mlflow: it is not installed; pip install "raydiff[jobs]", or --no-mlflow')
+
+    from raydiff import evaluate as judging
+    from raydiff.generate import Adapter
+
+    sides = Adapter.parse(adapter), None if against == "base" else Adapter.parse(against)
+    bootstrap = judging.Bootstrap(resamples=resamples, seed=run.evaluate.seed)
+    report = judging.evaluate(
+        run, *sides, images=images, per_prompt=per_prompt, bootstrap=bootstrap, device=device or _device(), progress=_progress
+    )
+    files = report.write(to, run.evaluate.grid)
+    typer.echo("\n".join([*report.lines(), *map(str, files)]))
+    if mlflow or (mlflow is None and importlib.util.find_spec("mlflow")):
+        from raydiff.distributed import tracking
+
+        # A run of its own: a training's record stays as it was, and one adapter is judged more than once.
+        folder = Path(report.about["adapter"]).resolve().parent
+        tracker = tracking.record(run, f"evaluate {folder.name}", report.metrics(), files, folder.name)
+        typer.echo(f"MLflow: {tracker.uri}, run {tracker.run_id}")
+
+
+@app.command()
 def plan(recipe: Recipe, overrides: Overrides = None) -> None:
     """What a run will do and need: geometry, cost, memory, files, cluster. Exit code 2 when it cannot work."""
     from raydiff.config import load
@@ -172,8 +222,6 @@ def _preflight(run: Run) -> None:
 
 def _train_here(run: Run) -> None:
     """`raydiff.fit` with a progress line, then run.json, metrics.jsonl, the adapter and the before/after grid."""
-    import json
-
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from raydiff import local, watch
@@ -233,6 +281,14 @@ def _model_and_sampler(recipe: Path | None, model: dict[str, Any], sampler: dict
         type(base).model_validate(base.model_dump() | new_model),
         Sampler.model_validate(base_sampler.model_dump() | new_sampler),
     )
+
+
+def _reward(text: str) -> str:
+    """NAME=KIND -> NAME.kind=KIND."""
+    name, equals, kind = text.partition("=")
+    if not (name and equals and kind):
+        raise ValueError(f"--reward {text!r} is not NAME=KIND, e.g. --reward alignment=clip")
+    return f"{name}.kind={json.dumps(kind)}"
 
 
 def _numbers(text: str) -> list[int]:

@@ -284,8 +284,8 @@ class Evaluate(Config):
     """Of the pictures, how many are the fixed probe of how far training has moved from the base model, the metrics `drift` and
     `latent_norm`: four denoiser calls each an evaluation, and one walk of the base model. 0 turns it off."""
     clip: str | None = "embedded"
-    """CLIP whose image embeddings measure `diversity`, the mean cosine distance of the pictures' pairs: "embedded", a folder or a
-    hub id. A field of its own, as rewards may live in a pool and need not be a CLIP. None turns it off."""
+    """CLIP whose image embeddings measure `diversity`, the mean cosine distance of the pictures' pairs: "embedded", a folder or
+    a hub id. A field of its own, as rewards may live in a pool and need not be a CLIP. None turns it off."""
 
     @property
     def best_metric(self) -> str:

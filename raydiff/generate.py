@@ -95,14 +95,18 @@ def scheduler(config: Any, sampler: Sampler) -> Any:
 
 
 def samples(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], sampler: Sampler, batch: int = 8) -> Iterator[Sample]:
-    """Every prompt with every seed, P·N pictures. The pipeline gets the sampler's scheduler.
+    """Every prompt with every seed, P·N pictures."""
+    return of_pairs(pipe, [(prompt, seed) for prompt in prompts for seed in seeds], sampler, batch)
+
+
+def of_pairs(pipe: Any, pairs: Sequence[tuple[str, int]], sampler: Sampler, batch: int = 8) -> Iterator[Sample]:
+    """A picture for each (prompt, seed). The pipeline gets the sampler's scheduler.
 
     The kernels of another batch size may round a last bit differently; at batch 1 a picture depends on nothing else.
     """
     if sampler.guidance < 1:
         raise ValueError(f"guidance = {sampler.guidance} is below 1, where diffusers ignores it; 1 turns guidance off")
     pipe.scheduler = scheduler(pipe.scheduler.config, sampler)
-    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
     for start in range(0, len(pairs), batch):
         part = pairs[start : start + batch]
         images = pipe(
@@ -126,14 +130,7 @@ def write(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    made_from = {
-        "model": model,
-        "adapters": [
-            {"folder": a.folder, "weight": a.weight, **({} if a.whole else {"sha256": lora.digest(a.folder)})} for a in adapters
-        ],
-        "sampler": sampler.model_dump(mode="json", exclude={"detach_negative"}),
-        "raydiff": __version__,
-    }
+    made_from = origin(model, sampler, adapters)
     written, index = [], []
     for i, sample in enumerate(drawn):
         info = PngInfo()
@@ -147,18 +144,30 @@ def write(
     return pictures.save(_grid(written), folder / "grid.png")
 
 
+def origin(model: str, sampler: Sampler, adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """What pictures are made from, beside prompt and seed: what it takes to make them again."""
+    return {
+        "model": model,
+        "adapters": [
+            {"folder": a.folder, "weight": a.weight, **({} if a.whole else {"sha256": lora.digest(a.folder)})} for a in adapters
+        ],
+        "sampler": sampler.model_dump(mode="json", exclude={"detach_negative"}),
+        "raydiff": __version__,
+    }
+
+
 def _grid(drawn: Sequence[Sample]) -> Any:
     """A row for each prompt, a column for each seed; with one prompt or one seed, rows of COLUMNS."""
     per_prompt = len({sample.seed for sample in drawn})
     columns = per_prompt if 1 < per_prompt < len(drawn) else min(COLUMNS, len(drawn))
     rows = [drawn[i : i + columns] for i in range(0, len(drawn), columns)]
     return pictures.grid(
-        [[_pixels(sample.image) for sample in row] for row in rows],
+        [[pixels(sample.image) for sample in row] for row in rows],
         [[f"{sample.prompt}  seed {sample.seed}" for sample in row] for row in rows],
     )
 
 
-def _pixels(image: Any) -> torch.Tensor:
+def pixels(image: Any) -> torch.Tensor:
     """PIL -> (3,H,W) uint8."""
     import numpy as np
 

@@ -18,9 +18,8 @@ def fit(run: Run, *, device: torch.device | str = "cpu", folder: str | Path | No
     """Train, yielding the metrics of each update, held-out rewards among them where the run evaluates.
 
     The first dict has step 0 and no update: the held-out rewards of the untrained model. A condition of `train.stop_when` that
-    holds makes that dict the last. With `folder`, the trained weights are exported there at the end, and the best ones, whenever
-    they are found, to `best_folder(folder)` beside it, with best.json. Workers and ZeRO stage play no role here; the batch is the
-    same.
+    holds makes that dict the last. With `folder`, the trained weights are exported there at the end, and the best so far, with
+    best.json, to `best_folder(folder)` beside it. Workers and ZeRO stage play no role here; the batch is the same.
 
     Raises ConfigError for a metric of `train.stop_when` that the run does not measure.
     """
