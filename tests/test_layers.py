@@ -27,7 +27,10 @@ def modules(package: object) -> list[str]:
         (["raydiff.cli"], HEAVY),
         (modules(raydiff.core), BESIDE_TORCH | {"pydantic"}),
         ([*modules(raydiff.methods), *modules(raydiff.rewards), *modules(raydiff.models)], BESIDE_TORCH),
-        (["raydiff.data.prompts", "raydiff.session", "raydiff.local", "raydiff.pictures"], BESIDE_TORCH),
+        (
+            [f"raydiff.{m}" for m in ("data.prompts", "session", "local", "pictures", "watch", "generate", "evaluate")],
+            BESIDE_TORCH,
+        ),
     ],
     ids=["package", "config", "cli", "core", "plugins", "local"],
 )
