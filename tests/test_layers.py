@@ -28,7 +28,17 @@ def modules(package: object) -> list[str]:
         (modules(raydiff.core), BESIDE_TORCH | {"pydantic"}),
         ([*modules(raydiff.methods), *modules(raydiff.rewards), *modules(raydiff.models)], BESIDE_TORCH),
         (
-            [f"raydiff.{m}" for m in ("data.prompts", "session", "local", "pictures", "watch", "generate", "evaluate")],
+            [
+                "raydiff.data.prompts",
+                "raydiff.data.images",
+                "raydiff.data.files",
+                "raydiff.session",
+                "raydiff.local",
+                "raydiff.pictures",
+                "raydiff.watch",
+                "raydiff.generate",
+                "raydiff.evaluate",
+            ],
             BESIDE_TORCH,
         ),
     ],

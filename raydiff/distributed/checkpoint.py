@@ -49,7 +49,7 @@ MAY_CHANGE = (
 train.updates, which a linear or cosine learning-rate schedule depends on. evaluate.best stays: the weights that another metric
 would have kept are gone."""
 
-_INDEX, _FORMAT = "checkpoint.json", 1
+_INDEX, _FORMAT = "checkpoint.json", 2
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Checkpoint:
     calls: Calls  # over all workers
     seconds: float
     history: list[dict[str, float]]  # the metrics of every update so far
+    state: Mapping[str, Any]  # Session.state()
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
         """kind: parameters, exp_avg, exp_avg_sq, ema or best. Raises FileNotFoundError."""
@@ -77,6 +78,7 @@ def save(
     calls: Calls,
     seconds: float,
     history: list[dict[str, float]],
+    state: Mapping[str, Any] | None = None,
 ) -> None:
     """Write one checkpoint, then delete all but the newest `train.keep_checkpoints`. `tensors` yields (kind, {name: tensor}).
 
@@ -94,7 +96,7 @@ def save(
             _INDEX,
             {
                 "format": _FORMAT, "next_step": next_step, "seconds": seconds, "calls": vars(calls), "files": sizes,
-                "run": run.model_dump(mode="json"), "history": history,
+                "run": run.model_dump(mode="json"), "history": history, "state": state or {},
             },
         )  # fmt: skip
     except OSError:
@@ -146,5 +148,5 @@ def read(folder: Folder) -> Checkpoint | None:
     if any(folder.size(file) != size for file, size in index["files"].items()):
         return None
     return Checkpoint(
-        folder, index["next_step"], index["run"], Calls(**index["calls"]), index["seconds"], index["history"]
+        folder, index["next_step"], index["run"], Calls(**index["calls"]), index["seconds"], index["history"], index["state"]
     )  # fmt: skip

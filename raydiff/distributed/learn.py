@@ -95,7 +95,7 @@ class Worker:
                 saved = {kind: found.tensors(kind) for kind in kinds}
                 if ranks.rank == 0 and watch.best(run, found.history):
                     self.best = found.tensors("best")
-        self.session.method = AgreedLoss(run.method, ranks)
+        self.session.method, self.session.gather = AgreedLoss(run.method, ranks), ranks.gather
         self.engine = ZeroEngine(self.session, weights=saved.get("parameters"))
         if found:
             self.resume(found, saved)
@@ -108,6 +108,7 @@ class Worker:
             self.session.ema.updates = found.next_step
             for name, average in self.session.ema.average.items():
                 average.copy_(saved["ema"][name])
+        self.session.restore(found.state)
         if self.ranks.rank == 0:
             self.session.policy.calls = found.calls
             self.add(found.history, [])
@@ -246,6 +247,7 @@ class Worker:
                         calls=calls,
                         seconds=self.seconds,
                         history=self.history,
+                        state=self.session.state(),
                     )
             finally:
                 for _ in tensors:
