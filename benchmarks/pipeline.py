@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from raydiff import placement
 from raydiff.config import Run, override
 from raydiff.core.rollouts import Rollouts
 from raydiff.distributed import pipeline, rows, weights
 from raydiff.distributed.generate import Generator
 from raydiff.distributed.weights import WeightStore
+from raydiff.plan import cluster_nodes
 
 RUN = Run.model_validate(
     {
@@ -42,6 +42,7 @@ RUN = Run.model_validate(
         "pools": {"train": {"num_cpus": 0.1}, "generate": {"num_cpus": 0.1}},
     }
 )
+_WARMUP, _WORK = 3, 15.0  # updates that are not counted, and seconds of work in those that are
 ADAPTER = {"adapter": np.zeros(13 * 2**20 // 4, np.float32)}  # 13 MiB, about SD 1.5's LoRA of rank 16
 
 
@@ -75,7 +76,7 @@ class Seen:
     publish: list[float] = field(default_factory=list)
     store: dict[str, Any] = field(default_factory=dict)
 
-    def steady(self, warmup: int = 3) -> dict[str, float]:
+    def steady(self, warmup: int = _WARMUP) -> dict[str, float]:
         """Over the updates after the first ones: seconds a round, and worker 0's idle share."""
         span = self.ends[-1] - self.ends[warmup - 1]
         return {"round": span / (len(self.ends) - warmup), "idle": sum(self.waits[warmup:]) / span}
@@ -90,12 +91,12 @@ def simulate(
     """
     import ray
 
-    nodes, blocks, workers = [placement.Node(1e6, 0)], pipeline.blocks(run), run.pools.train.replicas
+    blocks, workers = pipeline.blocks(run), run.pools.train.replicas
     store = ray.remote(num_cpus=0)(WeightStore).remote(run.name, run.train.updates, blocks, run.generation.max_staleness)
     environment = {"SAMPLE_SECONDS": str(sample), **(environment or {})}
-    data = pipeline.factory(run, store, [], nodes, generator=Simulated, runtime_env={"env_vars": environment})()
-    shards = pipeline.data_config(run, nodes).configure({"train": data}, workers, None, None)
-    attempt, seen, failures = ray.get(store.current.remote()), Seen(), []
+    data = pipeline.factory(run, store, [], generator=Simulated, runtime_env={"env_vars": environment})()
+    shards = pipeline.data_config(run, cluster_nodes()).configure({"train": data}, workers, None, None)
+    (attempt, _), seen, failures = ray.get(store.current.remote()), Seen(), []
     ray.get(store.publish.remote(attempt, 0, adapter, 0))
 
     def publish(version: int) -> None:
@@ -157,11 +158,19 @@ def table(sample: float, train: float, cases: Sequence[tuple[int, int]]) -> list
     found = []
     blocks = pipeline.blocks(RUN)
     for generators, staleness in cases:
-        run = override(RUN, {"generation.max_staleness": staleness, "pools.generate.replicas": generators})
-        seen = simulate(run, sample=sample, train=train, adapter=ADAPTER)
         # What perfect overlap, and none at all, would take.
         making, learning = -(-blocks // generators) * sample, blocks * train
-        best, serial, steady = max(blocks * sample / generators, learning), making + learning, seen.steady()
+        best, serial = max(blocks * sample / generators, learning), making + learning
+        run = override(
+            RUN,
+            {
+                "generation.max_staleness": staleness,
+                "pools.generate.replicas": generators,
+                "train.updates": _WARMUP + max(4, int(_WORK / best)),
+            },
+        )
+        seen = simulate(run, sample=sample, train=train, adapter=ADAPTER)
+        steady = seen.steady()
         row = {
             "generators": generators, "staleness": staleness, "worst": max(seen.staleness), "s_a_round": steady["round"],
             "overlap": (serial - steady["round"]) / (serial - best), "learner_idle": steady["idle"],
@@ -177,7 +186,7 @@ def publication(times: int = 20) -> float:
     import ray
 
     store = ray.remote(num_cpus=0)(WeightStore).remote("publish", times, 4, 1)
-    ray.get(store.open.remote("a"))
+    ray.get(store.open.remote("a", 1))
     spent = []
     for version in range(times):
         start = time.monotonic()
@@ -217,7 +226,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--publish", action="store_true")
     parser.add_argument("--embedded", action="store_true")
-    every = ["1,0", "1,1", "2,0", "2,1", "4,0", "4,1", "4,2", "6,1", "6,2"]
+    every = ["1,0", "1,1", "2,1", "4,0", "4,1", "4,2", "6,1", "6,2"]
     parser.add_argument("--cases", nargs="+", default=every, metavar="GENERATORS,STALENESS")
     parser.add_argument("--updates", type=int, default=16)
     arguments = parser.parse_args()
@@ -229,4 +238,4 @@ if __name__ == "__main__":
     elif arguments.embedded:
         print(json.dumps(embedded(arguments.updates), indent=1))
     else:
-        table(0.4, 0.1, [tuple(map(int, case.split(","))) for case in arguments.cases])
+        table(1.2, 0.3, [tuple(map(int, case.split(","))) for case in arguments.cases])

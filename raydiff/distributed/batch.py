@@ -17,6 +17,7 @@ import json
 import logging
 import time
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -292,7 +293,9 @@ def _answers(job: Job, claim: placement.Claim, tickets: list[dict[str, Any]]) ->
     context.enable_progress_bars = context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # a ticket may take hours
     context.issue_detectors_config.detectors = []  # they take a long ticket for a hanging one
-    with DataContext.current(context):
+    with DataContext.current(context), warnings.catch_warnings():
+        # Ray 2.60 names no other way to bound retries, and without a bound a deadly ticket would be tried for ever.
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         data = ray.data.from_items(tickets, override_num_blocks=len(tickets)).map_batches(
             Actor,
             fn_constructor_args=(job.worker, *job.arguments, "cuda" if claim.gpus else "cpu"),
@@ -304,7 +307,8 @@ def _answers(job: Job, claim: placement.Claim, tickets: list[dict[str, Any]]) ->
             label_selector=dict(claim.labels) or None,
             runtime_env=job.runtime_env or None,
             # Any number of lost actors, but a ticket that kills each of them ends it.
-            ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": _RETRIES},
+            max_restarts=-1,
+            max_task_retries=_RETRIES,
         )
         try:
             for batch in data.iter_batches(batch_size=None, prefetch_batches=0):
