@@ -387,7 +387,7 @@ def read_by_the_code() -> set[str]:
         uses = any(isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv") for node in ast.walk(tree))
         for node in ast.walk(tree):
             if uses and isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found |= set(re.fullmatch(r"[A-Z][A-Z0-9]*_\w+", node.value) and [node.value] or [])
+                found |= set(re.findall(r"\A(?!SC_)[A-Z][A-Z0-9]*_\w+\Z", node.value))  # SC_: of os.sysconf
     return found
 
 
