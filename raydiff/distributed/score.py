@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from raydiff.distributed.generate import device
 from raydiff.session import Scores, weights
 
 RESTARTS = 10  # of one actor; without an end, a crash at every start would loop for ever
-_PATIENCE, _PING = 30.0, 10.0  # seconds: for an answer, before a replica is asked whether it is there; and for that
+_PATIENCE, _PING = 20.0, 10.0  # seconds: for an answer, before a replica is asked whether it is there; and for that
 _ATTEMPTS = 3  # calls of a reward that raises, before it is believed
 
 
@@ -150,21 +150,17 @@ class _Asked:
         self.first, self.group, self.replica, self.request = first, group, replica, request  # first: row of the share
         self.ref = replica.score.remote(*request)
 
-    def answer(self) -> _Answer | RewardError:
+    def answer(self, lost: dict[Any, Any]) -> _Answer | RewardError:
+        """Adds to `lost` a replica that has no place, with what is ready when it has one again."""
         import ray
 
         while not ray.wait([self.ref], timeout=_PATIENCE)[0]:
-            others = [replica for replica in self.group.replicas if replica is not self.replica]
-            if not _there(self.replica) and (other := next(filter(_there, others), None)):
-                self.replica, self.ref = other, other.score.remote(*self.request)
+            ping = lost.get(self.replica, self.replica.ready.remote())  # a busy replica answers this too
+            others = [replica for replica in self.group.replicas if replica is not self.replica and replica not in lost]
+            if not ray.wait([ping], timeout=_PING)[0] and others:
+                lost[self.replica] = ping
+                self.replica, self.ref = others[0], others[0].score.remote(*self.request)
         return ray.get(self.ref)
-
-
-def _there(replica: Any) -> bool:
-    """Whether a replica answers, which a busy one does too."""
-    import ray
-
-    return bool(ray.wait([replica.ready.remote()], timeout=_PING)[0])
 
 
 @dataclass
@@ -177,6 +173,7 @@ class RewardClient:
     rank: int = 0
     workers: int = 1
     store: Any = None  # the weight store, which keeps the pools' counters
+    lost: dict[Any, Any] = field(default_factory=dict)  # replicas without a place, with what is ready when they are back
 
     def scores(self) -> Scores:
         """For a Session: exact gradients of rewards that are computed elsewhere."""
@@ -195,8 +192,15 @@ class RewardClient:
 
     def mine(self, replicas: Sequence[Any]) -> Sequence[Any]:
         """This learner's replicas: its share of many, or one that it shares with other learners."""
-        first, last = (r * len(replicas) // self.workers for r in (self.rank, self.rank + 1))
-        return replicas[first : max(last, first + 1)]
+        there = [replica for replica in replicas if replica not in self.lost] or replicas
+        first, last = (r * len(there) // self.workers for r in (self.rank, self.rank + 1))
+        return there[first : max(last, first + 1)]
+
+    def _look(self) -> None:
+        """Forget lost replicas that are back."""
+        import ray
+
+        self.lost = {replica: ping for replica, ping in self.lost.items() if not ray.wait([ping], timeout=0)[0]}
 
     def _ask(self, images: Tensor, prompts: Sequence[str], *, evaluation: bool, gradient: bool) -> tuple[Tensor, Parts, Tensor]:
         """All groups at once, each picture by one replica of each."""
@@ -204,6 +208,7 @@ class RewardClient:
         start = time.monotonic()
         pixels = images.detach().cpu().numpy()
         asked: list[_Asked] = []
+        self._look()
         for group in self.groups:
             if not evaluation and self.held_out.issuperset(group.names):
                 continue
@@ -217,7 +222,7 @@ class RewardClient:
         grads = np.zeros_like(pixels) if gradient else np.zeros(0)
         counters = {"images": len(prompts), "busy": 0.0, "idle": 0.0}
         for share_of in asked:
-            first, answer = share_of.first, share_of.answer()
+            first, answer = share_of.first, share_of.answer(self.lost)
             if isinstance(answer, RewardError):
                 raise RewardError(answer.name, answer.message, None if answer.row is None else first + answer.row)
             for name, values in answer.parts.items():
