@@ -17,7 +17,7 @@ from raydiff.distributed import checkpoint, cluster, learn, pipeline, score, tra
 from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.ranks import Refused
 from raydiff.distributed.score import Group
-from raydiff.distributed.storage import Folder, StorageError
+from raydiff.distributed.storage import PATIENCE, Folder, StorageError
 from raydiff.distributed.tracking import Board, Tracker
 from raydiff.distributed.weights import WeightStore
 from raydiff.plan import cluster_nodes
@@ -128,13 +128,13 @@ def _not_free(run: Run) -> str:
 
 def _fresh(run: Run) -> Folder:
     name = f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    return Folder(run.storage) / name
+    return Folder(run.storage, PATIENCE) / name
 
 
 def _resumed(run: Run, resume: str | Path) -> Folder:
     """The folder of a started run, checked: it exists, is not finished, and was started with this config."""
     text = str(resume)
-    folder = Folder(text) if "/" in text else Folder(run.storage) / text
+    folder = Folder(text, PATIENCE) if "/" in text else Folder(run.storage, PATIENCE) / text
     if folder.size(RUN) is None:
         names = [name for name in Folder(run.storage).folders() if (Folder(run.storage) / name).size(RUN) is not None]
         there = f"; there are {', '.join(names[-5:])}" if names else ""
