@@ -10,6 +10,7 @@
 #
 # It prints the environment for other terminals, then waits; Ctrl-C stops what it started, by process id, and nothing else.
 set -euo pipefail
+set -m # each node in a process group of its own; else its jobs would inherit that a shell's background ignores Ctrl-C
 
 die() {
   echo "local.sh: $1" >&2

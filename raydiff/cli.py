@@ -68,6 +68,25 @@ def train(
 
 
 @app.command()
+def submit(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    resume: Annotated[str | None, typer.Option(metavar="NAME", help="Go on with a run that was stopped.")] = None,
+    address: Annotated[str | None, typer.Option(help="The job server's; default: RAY_API_SERVER_ADDRESS.")] = None,
+    working_dir: Annotated[Path, typer.Option(help="The folder that is uploaded.")] = Path(),
+    upload: Annotated[bool, typer.Option(help="Without: run what the nodes have.")] = True,
+    grows: Annotated[bool, typer.Option("--grows", help="The cluster adds nodes: take a run that has no room yet.")] = False,
+    follow: Annotated[bool, typer.Option(help="Show the log until the job ends.")] = True,
+) -> None:
+    """Check a run against a cluster, submit it there as a job, and follow it."""
+    from raydiff import submit as jobs
+
+    where = working_dir if upload else None
+    code = jobs.submit(recipe, overrides or (), resume=resume, address=address, working_dir=where, grows=grows, follow=follow)
+    raise typer.Exit(code)
+
+
+@app.command()
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...")] = None,
     prompts_file: Annotated[

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import secrets
 import shlex
+import signal
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +75,8 @@ def train(run: Run, *, resume: str | Path | None = None) -> Result:
             progress.waiting("loading rewards")
             rewards = score.start(run, cluster_nodes()) if run.rewards.where == "pool" else []
             progress.waiting("starting workers")
-            outcome = _follow(run, _fit(run, folder, board, use_gpu, store, rewards), board, progress, store)
+            with _interruptible():
+                outcome = _follow(run, _fit(run, folder, board, use_gpu, store, rewards), board, progress, store)
             status = "FINISHED" if "finished" in outcome else "KILLED" if "stopped" in outcome else "FAILED"
             tags = _tags(outcome.get("finished", {}))
         except KeyboardInterrupt:
@@ -89,6 +93,20 @@ def train(run: Run, *, resume: str | Path | None = None) -> Result:
         print(f"stopped after update {outcome['stopped']} of {run.train.updates}; go on with --resume {folder.name}")
         raise KeyboardInterrupt
     return _finished(run, folder, tracker, outcome["finished"])
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM, which `ray job stop` and a node's end send, counts as Ctrl-C; so does Ctrl-C where a shell had it ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def preflight(run: Run) -> None:
