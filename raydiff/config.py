@@ -254,6 +254,9 @@ class Train(Config):
     keep_checkpoints: int = Field(2, ge=1)
     max_failures: int = Field(3, ge=0)
     """Restarts after a lost worker before the run gives up."""
+    timeout: float = Field(1800.0, ge=1)
+    """Seconds that workers wait for each other before all are started again: a hung one does not hold the run for ever. Longer
+    than the longest checkpoint takes rank 0."""
     gradient_checkpointing: bool = True
     """Recompute activations step by step in the backward pass: memory flat in K for about a third more compute."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import shlex
 import signal
@@ -207,13 +208,13 @@ def _fit(run: Run, folder: Folder, board: Any, use_gpu: bool, store: Any, reward
         learn.work,
         train_loop_config={
             "run": run.model_dump_json(),
+            "timeout": run.train.timeout,
             "folder": folder.uri,
             "board": board,
             "store": store,
             "rewards": rewards,
         },
-        # gloo's own timeout leaves the other workers waiting for half an hour
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=300),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=math.ceil(run.train.timeout)),
         scaling_config=ScalingConfig(
             num_workers=claim.replicas,
             use_gpu=use_gpu,
