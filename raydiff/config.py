@@ -146,10 +146,22 @@ class Pool(Config):
         return gpus
 
 
+class TrainPool(Pool):
+    min_replicas: int | None = Field(None, ge=1)
+    """When nodes are lost, the fewest workers that go on without them, each with more micro-batches: the batch stays what it is.
+    None: wait for new nodes."""
+
+    @model_validator(mode="after")
+    def _fewer(self) -> Self:
+        if self.min_replicas is not None and self.min_replicas > self.replicas:
+            raise ValueError(f"min_replicas = {self.min_replicas} is more than replicas = {self.replicas}")
+        return self
+
+
 class Pools(Config):
     """Who runs where. The generate and reward pools are started only when `generation.where` and `rewards.where` say so."""
 
-    train: Pool = Pool()
+    train: TrainPool = TrainPool()
     """The workers that share each batch and, by ZeRO, the optimiser."""
     generate: Pool = Pool()
     reward: Pool = Pool()

@@ -8,15 +8,15 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raydiff import placement
-from raydiff.config import ConfigError, Run, geometry
+from raydiff.config import ConfigError, Run, geometry, override
 from raydiff.distributed import checkpoint, cluster, learn, pipeline, score, tracking
 from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.ranks import Refused
@@ -77,7 +77,7 @@ def train(run: Run, *, resume: str | Path | None = None) -> Result:
             rewards = score.start(run, cluster_nodes()) if run.rewards.where == "pool" else []
             progress.waiting("starting workers")
             with _interruptible():
-                outcome = _follow(run, _fit(run, folder, board, use_gpu, store, rewards), board, progress, store)
+                outcome = _trained(run, folder, board, use_gpu, store, rewards, progress)
             status = "FINISHED" if "finished" in outcome else "KILLED" if "stopped" in outcome else "FAILED"
             tags = _tags(outcome.get("finished", {}))
         except KeyboardInterrupt:
@@ -195,6 +195,32 @@ def _store(run: Run, folder: Folder) -> Any:
     return actor.remote(folder.name, run.train.updates, pipeline.blocks(run), run.generation.max_staleness)
 
 
+def _trained(
+    run: Run, folder: Folder, board: Any, use_gpu: bool, store: Any, rewards: list[Group], progress: Progress
+) -> dict[str, Any]:
+    """The workers' outcome; when not all of them find a place any more, of as many as the run allows."""
+    from ray.train import ControllerError
+
+    while True:
+        try:
+            return _follow(run, _fit(run, folder, board, use_gpu, store, rewards), board, progress, store)
+        except ControllerError:
+            if (fewer := with_fewer_trainers(run, cluster_nodes())) is None:
+                raise
+            run = fewer
+            progress.say(f"goes on with what has room: {geometry(run)}")
+
+
+def with_fewer_trainers(run: Run, nodes: Sequence[placement.Node]) -> Run | None:
+    """The run with the most trainers that have room and divide its batch; None when these are fewer than it allows."""
+    room, least = placement.room(run, nodes, placement.TRAIN), run.pools.train.min_replicas
+    for workers in range(room, least - 1, -1) if least else ():
+        with suppress(ValueError):
+            geometry(run, workers)
+            return override(run, {"pools.train.replicas": workers})
+    return None
+
+
 def _fit(run: Run, folder: Folder, board: Any, use_gpu: bool, store: Any, rewards: list[Group]) -> Future[dict[str, Any]]:
     """Start the workers in a thread: in the main one Ray would answer Ctrl-C by killing them."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -224,7 +250,10 @@ def _fit(run: Run, folder: Folder, board: Any, use_gpu: bool, store: Any, reward
         run_config=RunConfig(
             name=folder.name,
             storage_path=folder.uri.rpartition("/")[0],
-            failure_config=FailureConfig(max_failures=run.train.max_failures),
+            # Workers that find no place within RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S: -1 looks on for ever
+            failure_config=FailureConfig(
+                max_failures=run.train.max_failures, controller_failure_limit=-1 if run.pools.train.min_replicas is None else 0
+            ),
         ),
         datasets={"train": pipeline.factory(run, store, rewards)} if streamed else None,
         dataset_config=pipeline.data_config(run, nodes) if streamed else None,
