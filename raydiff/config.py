@@ -148,8 +148,8 @@ class Pool(Config):
 
 class TrainPool(Pool):
     min_replicas: int | None = Field(None, ge=1)
-    """When nodes are lost, the fewest workers that go on without them, each with more micro-batches: the batch stays what it is.
-    None: wait for new nodes."""
+    """When nodes are lost, the fewest workers that go on without them, each with more micro-batches for the same batch. None:
+    wait for new nodes."""
 
     @model_validator(mode="after")
     def _fewer(self) -> Self:
