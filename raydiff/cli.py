@@ -244,8 +244,20 @@ def evaluate(
 
 
 @app.command()
-def plan(recipe: Recipe, overrides: Overrides = None) -> None:
-    """What a run will do and need: geometry, cost, memory, files, cluster. Exit code 2 when it cannot work."""
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    address: Annotated[str | None, typer.Option(metavar="URL", help="Look at the cluster of this job server.")] = None,
+    cluster: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Look at the cluster that a file of KubeRay or `ray up` describes.")
+    ] = None,
+) -> None:
+    """What a run will do and need: geometry, cost, memory, files, cluster. Exit code 2 when it cannot work.
+
+    On this machine, or on the cluster that RAY_ADDRESS, --address or --cluster names.
+    """
+    if address and cluster:
+        raise ValueError("--address and --cluster name two clusters: leave one of them out")
     from raydiff.config import load
 
     run = load(recipe, overrides or ())
@@ -253,9 +265,11 @@ def plan(recipe: Recipe, overrides: Overrides = None) -> None:
     from rich.console import Console
 
     from raydiff import plan as planning
+    from raydiff.plan import clusters
     from raydiff.plan.render import render
 
-    result = planning.plan(run, planning.machine())
+    machine = clusters.at(address) if address else clusters.of_file(cluster) if cluster else clusters.here()
+    result = planning.plan(run, machine)
     Console(highlight=False).print(render(result))
     if result.problems:
         raise typer.Exit(2)

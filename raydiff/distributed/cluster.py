@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from raydiff.config import ConfigError
 from raydiff.placement import Node
-from raydiff.plan import cluster_nodes
+from raydiff.plan.clusters import cluster_nodes
 
 _PATIENCE = 20.0  # seconds that an autoscaling cluster gets to show a node
 _POLL = 0.5  # seconds between looks at it

@@ -24,7 +24,7 @@ from raydiff.distributed.score import Group
 from raydiff.distributed.storage import PATIENCE, Folder, StorageError
 from raydiff.distributed.tracking import Board, Tracker
 from raydiff.distributed.weights import WeightStore
-from raydiff.plan import cluster_nodes
+from raydiff.plan.clusters import cluster_nodes
 from raydiff.preflight import faults
 from raydiff.watch import Best
 

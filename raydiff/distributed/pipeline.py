@@ -22,7 +22,7 @@ from raydiff.distributed.meter import PREFIX
 from raydiff.distributed.ranks import Ranks, plain
 from raydiff.distributed.score import RESTARTS, Group, Scorer, client
 from raydiff.distributed.weights import SyncError
-from raydiff.plan import cluster_nodes
+from raydiff.plan.clusters import cluster_nodes
 from raydiff.session import Session
 
 _STALENESS, _PROBE, _WAIT = (PREFIX + name for name in ("staleness", "probe_error", "learner_waited"))

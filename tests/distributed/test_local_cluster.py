@@ -36,7 +36,7 @@ def environment() -> Iterator[dict[str, str]]:
     """What local.sh says to export; afterwards it has been stopped by Ctrl-C, with all that it started."""
     arguments = [word for pool, cpus in CPUS.items() for word in (f"--{pool}", str(cpus))]
     script = subprocess.Popen(
-        ["bash", "cluster/local.sh", *arguments, "--port", "6600"],
+        ["env", "--default-signal=INT", "bash", "cluster/local.sh", *arguments, "--port", "6600"],
         cwd=ROOT,
         env={**os.environ, "PATH": PATH, "PYTHONPATH": str(ROOT), "RAYDIFF_TEST_URI": "http://of-the-cluster"},
         stdout=subprocess.PIPE,
@@ -97,7 +97,7 @@ def test_a_job_sees_labelled_nodes(environment: dict[str, str]) -> None:
     """Also: its working directory without --working-dir, and who fills in a variable of its command."""
     script = """
         import os, sys, ray
-        from raydiff.plan import cluster_nodes
+        from raydiff.plan.clusters import cluster_nodes
         ray.init(logging_level="ERROR")
         for node in cluster_nodes():
             print("node", node.labels.get("raydiff-pool"), int(node.cpus))

@@ -194,10 +194,9 @@ def test_killed_driver_resumes(uninterrupted: Result, cluster: str, ray_run: Mak
 def test_ctrl_c_makes_a_checkpoint_for_any_workers(
     uninterrupted: Result, cluster: str, ray_run: MakeRun, tmp_path: Path
 ) -> None:
-    run = ray_run({"storage": str(tmp_path), "rewards.blue.pause": 0.5, "train.checkpoint_every": 100})
+    run = ray_run({"storage": str(tmp_path), "rewards.blue.pause": 1.0, "train.checkpoint_every": 100})
     process = driver(run, cluster, tmp_path / "run.json")
     wait_for(lambda: next(iter(tmp_path.glob("*/pictures/step_000000.png")), None))
-    time.sleep(1)
     start = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=120)[0].decode()
