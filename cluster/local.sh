@@ -40,6 +40,7 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$scratch/token
 unset RAY_AUTH_TOKEN RAY_ADDRESS RAY_API_SERVER_ADDRESS # they would come before what this cluster is given
 head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH"
 export RAY_worker_niceness=${RAY_worker_niceness:-0} # Ray's own 15 starves workers on a machine that others use
+export RAY_raylet_start_wait_time_s=${RAY_raylet_start_wait_time_s:-120} # Ray gives up on a busy machine after 30
 
 pids=()
 stop() {

@@ -230,7 +230,7 @@ def evaluate(
     sides = Adapter.parse(adapter), None if against == "base" else Adapter.parse(against)
     bootstrap = judging.Bootstrap(resamples=resamples, seed=run.evaluate.seed)
     report = judging.evaluate(
-        run, *sides, images=images, per_prompt=per_prompt, bootstrap=bootstrap, device=device or _device(), progress=_progress
+        run, *sides, images=images, per_prompt=per_prompt, bootstrap=bootstrap, device=_device(device), progress=_progress
     )
     files = report.write(to, run.evaluate.grid)
     typer.echo("\n".join([*report.lines(), *map(str, files)]))
@@ -330,10 +330,11 @@ def _train_here(run: Run) -> None:
 
     if "://" in run.storage:
         raise ValueError(f"storage = {run.storage!r}: a run with --local writes to a folder of this machine")
+    gpus = run.pools.train.num_gpus
+    device = "cpu" if gpus == 0 else _device("cuda" if gpus else None, f"pools.train.num_gpus = {gpus}:")
     folder = Path(run.storage) / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     _writable(folder)
     (folder / "run.json").write_text(run.model_dump_json(indent=1))
-    device = "cpu" if run.pools.train.num_gpus == 0 else _device()
     rows: list[dict[str, float]] = []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, transient=True) as progress, (folder / "metrics.jsonl").open("w") as log:
@@ -400,7 +401,7 @@ def _draw(
     from raydiff import generate as drawing
 
     drawing.check(adapters, sampler)
-    pipe = drawing.pipeline(model, adapters, device or _device())
+    pipe = drawing.pipeline(model, adapters, _device(device))
     drawn = drawing.samples(pipe, prompts, seeds, sampler, batch)
     pictures, name = len(prompts) * len(seeds), getattr(model, "path", model.kind)
     grid = drawing.write(_progress(drawn, pictures, "pictures"), to, model=name, sampler=sampler, adapters=adapters)
@@ -473,10 +474,17 @@ def _writable(folder: Path) -> None:
         raise ValueError(f"cannot write to {str(folder)!r}: {error.strerror}; give another folder") from None
 
 
-def _device() -> str:
+def _device(name: str | None, field: str = "--device") -> str:
+    """A device that works here; by default a GPU where there is one."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch raises either without a GPU, a driver or such a device
+        raise ValueError(f"{field} {name}: {str(error).splitlines()[0]}; leave it out to run on what is here") from None
+    return name
 
 
 def _progress(items: Any, total: int, what: str) -> Any:

@@ -81,6 +81,10 @@ def test_help_takes_under_a_second_and_imports_nothing_heavy() -> None:
         (["generate", "a", "--to", "{folder}", "--steps", "0"], "steps: Input should be greater than or equal to 1 (got 0)"),
         (["generate", "a", "--to", "{folder}", "--spacing", "even"], "spacing: "),
         (["generate", "a", "--to", "{folder}", "--dtype", "int8"], "dtype: "),
+        (["generate", "a", "--to", "{folder}", "--device", "cuda:99"], "--device cuda:99: "),
+        (["train", "{tiny}", "--local", "pools.train.num_gpus=99"], "the cluster"),
+        (["plan", "{tiny}", "--cluster", "/nowhere.yaml"], "--cluster /nowhere.yaml: "),
+        (["submit", "{tiny}", "--address", "http://127.0.0.1:9"], "give --working-dir"),
         (["generate", "a", "--to", "{folder}", "--replicas", "2"], "--replicas does nothing here: it takes --ray"),
         (["generate", "a", "--to", "{folder}.parquet", "--device", "cpu"], "--device does nothing here: it takes --num-gpus"),
         (
