@@ -18,7 +18,7 @@ from raydiff.config import Geometry, Run, geometry
 from raydiff.core.denoise import mix
 from raydiff.core.learner import Ema, Engine, learning_rate_factor, swapped, update
 from raydiff.core.log_prob import gaussian_log_prob
-from raydiff.core.policy import Calls, Policy
+from raydiff.core.policy import Calls, Policy, checked
 from raydiff.core.reward_vjp import Score, weighted_sum
 from raydiff.core.rollouts import Rollouts
 from raydiff.data.prompts import read_both, tickets
@@ -217,7 +217,7 @@ class Session:
             prompts = [self.held_out_prompts[i % len(self.held_out_prompts)] for i in index]
             seeds = [mix(config.seed, i) for i in index]
             images = self.model.decode(self.judge.sample(prompts, seeds)[0])
-            total, parts = self.judge.score(images, prompts)
+            total, parts = checked(self.judge.score, images, prompts, seeds)
             rewards = {"total": total, **parts}
             pixels = (images * 255).round().byte().cpu()
             pictures += [

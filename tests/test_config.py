@@ -47,8 +47,11 @@ def test_there_are_the_recipes_that_the_readme_names() -> None:
         "emoji_draft",
         "emoji_draft_k",
         "emoji_draft_lv",
+        "emoji_draft_lv_pools",
         "emoji_refl",
+        "sd15_draft_k_pickscore_pools",
         "sd15_draft_lv_aesthetic",
+        "sd15_draft_lv_pools",
     }
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from raydiff.core.denoise import Noise, Observe, Predict, checkpointed, denoise, seeded_noise
-from raydiff.core.reward_vjp import Parts, Score
+from raydiff.core.reward_vjp import Parts, RewardError, Score
 from raydiff.core.schedule import Schedule
 
 
@@ -59,6 +59,10 @@ class Calls:
 
 class NonFiniteReward(ValueError):
     """A reward was NaN or infinite: the step is refused before it can reach the weights."""
+
+
+class RewardFailed(ValueError):
+    """A reward raised, again after being asked again."""
 
 
 @dataclass
@@ -125,15 +129,27 @@ class Policy:
     def rewards(self, latents: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Parts]:
         """Decode (B,C,h,w) and score: total (B,) with gradient, and the named parts.
 
-        Raises NonFiniteReward naming reward, prompt and seed.
+        Raises NonFiniteReward or RewardFailed naming reward, prompt and seed.
         """
         self.calls.reward_queries += len(prompts)
-        total, parts = self.score(self.model.decode(latents), prompts)
-        for name, values in {**parts, "total": total.detach()}.items():
-            if not bool(torch.isfinite(values).all()):
-                row = int((~torch.isfinite(values)).nonzero()[0])
-                raise NonFiniteReward(
-                    f"reward {name!r} is {values[row].item()} for prompt {prompts[row]!r}, seed {seeds[row]}:"
-                    " the step is refused; mend the reward, or leave that prompt out"
-                )
-        return total, parts
+        return checked(self.score, self.model.decode(latents), prompts, seeds)
+
+
+def checked(score: Score, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Parts]:
+    """`score` of images (B,3,H,W), whose errors name the prompt and the seed.
+
+    Raises NonFiniteReward, and RewardFailed when a reward of another process raised.
+    """
+    try:
+        total, parts = score(images, prompts)
+    except RewardError as error:
+        whose = "" if error.row is None else f" for prompt {prompts[error.row]!r}, seed {seeds[error.row]}"
+        raise RewardFailed(f"reward {error.name!r} failed{whose}: {error.message}") from None
+    for name, values in {**parts, "total": total.detach()}.items():
+        if not bool(torch.isfinite(values).all()):
+            row = int((~torch.isfinite(values)).nonzero()[0])
+            raise NonFiniteReward(
+                f"reward {name!r} is {values[row].item()} for prompt {prompts[row]!r}, seed {seeds[row]}:"
+                " the step is refused; mend the reward, or leave that prompt out"
+            )
+    return total, parts

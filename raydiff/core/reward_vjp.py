@@ -23,6 +23,17 @@ ScoreAndGrad = Callable[[Tensor, Sequence[str]], tuple[Tensor, Parts, Tensor]]
 """images, prompts -> (total (B,), parts, d total / d images (B,3,H,W)), all without a graph: what can cross a process."""
 
 
+class RewardError(RuntimeError):
+    """A reward raised. `row` is the image at fault, None when it was the batch as a whole."""
+
+    def __init__(self, name: str, message: str, row: int | None = None) -> None:
+        super().__init__(name, message, row)  # as it is pickled
+        self.name, self.message, self.row = name, message, row
+
+    def __str__(self) -> str:
+        return f"reward {self.name!r} failed: {self.message}"
+
+
 def weighted_sum(rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> Score:
     """Score whose total is Σ weight·reward; the parts are the rewards before weighting."""
 

@@ -14,11 +14,13 @@ from typing import Any
 
 from raydiff import placement
 from raydiff.config import ConfigError, Run, geometry
-from raydiff.distributed import checkpoint, learn, tracking
+from raydiff.distributed import checkpoint, learn, pipeline, score, tracking
 from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.ranks import Refused
+from raydiff.distributed.score import Group
 from raydiff.distributed.storage import Folder, StorageError
 from raydiff.distributed.tracking import Board, Tracker
+from raydiff.distributed.weights import WeightStore
 from raydiff.plan import cluster_nodes
 from raydiff.preflight import faults
 
@@ -57,7 +59,7 @@ def train(run: Run, *, resume: str | Path | None = None) -> Result:
     """
     preflight(run)
     folder = _resumed(run, resume) if resume is not None else _fresh(run)
-    with Progress(run.train.updates) as progress:
+    with Progress(run.train.updates, pools=_pools(run)) as progress:
         progress.say(f"{folder.name}: {geometry(run)}, {run.train.updates} updates, ZeRO-{run.train.zero_stage}")
         progress.waiting("starting Ray and MLflow")
         with ThreadPoolExecutor(1) as thread:
@@ -65,13 +67,16 @@ def train(run: Run, *, resume: str | Path | None = None) -> Result:
             use_gpu = connect(run)
         folder.write(RUN, run.model_dump_json(indent=1).encode())
         tracker = tracking.start(run, experiment.result(), folder.name, folder)
-        progress.waiting("starting workers")
         if short := _not_free(run):
             progress.say(f"waiting for {short}: other work holds them")
         board = _board(tracker, folder)
+        store = _store(run, folder) if "pool" in (run.generation.where, run.rewards.where) else None
         status = "FAILED"
         try:
-            outcome = _follow(_fit(run, folder, board, use_gpu), board, progress)
+            progress.waiting("loading rewards")
+            rewards = score.start(run, cluster_nodes()) if run.rewards.where == "pool" else []
+            progress.waiting("starting workers")
+            outcome = _follow(_fit(run, folder, board, use_gpu, store, rewards), board, progress, store)
             status = "FINISHED" if "finished" in outcome else "KILLED" if "stopped" in outcome else "FAILED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -122,6 +127,14 @@ def check_fits(run: Run, patience: float = _PATIENCE) -> None:
         time.sleep(_POLL)
 
 
+def _pools(run: Run) -> dict[str, int]:
+    """Replicas of the pools that the run has beside its trainers."""
+    used = {placement.GENERATE: run.generation.where, placement.REWARD: run.rewards.where}
+    groups = len(placement.reward_groups(run))
+    sizes = {placement.GENERATE: run.pools.generate.replicas, placement.REWARD: run.pools.reward.replicas * groups}
+    return {pool: sizes[pool] for pool, where in used.items() if where == "pool"}
+
+
 def _not_free(run: Run) -> str:
     """What other work holds of the resources that the pools claim."""
     import ray
@@ -164,16 +177,32 @@ def _board(tracker: Tracker, folder: Folder) -> Any:
     return actor.remote(tracker, folder.uri)
 
 
-def _fit(run: Run, folder: Folder, board: Any, use_gpu: bool) -> Future[dict[str, Any]]:
+def _store(run: Run, folder: Folder) -> Any:
+    """The weight store, which only its handle finds. When it dies it comes back empty, and the workers start anew."""
+    import ray
+
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(WeightStore)
+    return actor.remote(folder.name, run.train.updates, pipeline.blocks(run), run.generation.max_staleness)
+
+
+def _fit(run: Run, folder: Folder, board: Any, use_gpu: bool, store: Any, rewards: list[Group]) -> Future[dict[str, Any]]:
     """Start the workers in a thread: in the main one Ray would answer Ctrl-C by killing them."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    claim = placement.claims(run, cluster_nodes())[0]
+    nodes = cluster_nodes()
+    claim = placement.claims(run, nodes)[0]
+    streamed = run.generation.where == "pool"
     resources = {"CPU": claim.cpus, **({"GPU": claim.gpus} if use_gpu else {})}
     trainer = TorchTrainer(
         learn.work,
-        train_loop_config={"run": run.model_dump_json(), "folder": folder.uri, "board": board},
+        train_loop_config={
+            "run": run.model_dump_json(),
+            "folder": folder.uri,
+            "board": board,
+            "store": store,
+            "rewards": rewards,
+        },
         # gloo's own timeout leaves the other workers waiting for half an hour
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=300),
         scaling_config=ScalingConfig(
@@ -187,6 +216,8 @@ def _fit(run: Run, folder: Folder, board: Any, use_gpu: bool) -> Future[dict[str
             storage_path=folder.uri.rpartition("/")[0],
             failure_config=FailureConfig(max_failures=run.train.max_failures),
         ),
+        datasets={"train": pipeline.factory(run, store, rewards, nodes)} if streamed else None,
+        dataset_config=pipeline.data_config(run, nodes) if streamed else None,
     )
     future: Future[dict[str, Any]] = Future()
 
@@ -200,7 +231,7 @@ def _fit(run: Run, folder: Folder, board: Any, use_gpu: bool) -> Future[dict[str
     return future
 
 
-def _follow(future: Future[dict[str, Any]], board: Any, progress: Progress) -> dict[str, Any]:
+def _follow(future: Future[dict[str, Any]], board: Any, progress: Progress, store: Any) -> dict[str, Any]:
     """Show the run until it ends. Ctrl-C asks for a last checkpoint; a second one does not wait for it."""
     import ray
 
@@ -215,6 +246,8 @@ def _follow(future: Future[dict[str, Any]], board: Any, progress: Progress) -> d
                     progress.restart(item)
                 else:
                     progress.row(item)
+            if store is not None and not ended:
+                progress.pools(ray.get(store.status.remote()))
             if ended:
                 return future.result()
             time.sleep(_POLL)

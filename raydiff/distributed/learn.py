@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import safetensors.torch
@@ -16,10 +17,13 @@ from torch import Tensor
 from raydiff import pictures
 from raydiff.config import ConfigError, Run
 from raydiff.core.policy import Calls
-from raydiff.distributed import checkpoint
+from raydiff.distributed import checkpoint, score
 from raydiff.distributed.checkpoint import Checkpoint
 from raydiff.distributed.engine import ZeroEngine
+from raydiff.distributed.meter import Meter
+from raydiff.distributed.pipeline import Stream
 from raydiff.distributed.ranks import AgreedLoss, Ranks, Refused
+from raydiff.distributed.score import RewardClient
 from raydiff.distributed.storage import Folder
 from raydiff.session import Picture, Session, summary
 
@@ -30,7 +34,7 @@ FINISHED = "finished.json"
 
 
 def work(config: dict[str, Any]) -> dict[str, Any]:
-    """What Ray Train calls on every worker. `config`: run (JSON), folder, board.
+    """What Ray Train calls on every worker. `config`: run (JSON), folder, board; store and rewards, if there are pools.
 
     Returns {"finished": {...}}, {"stopped": update} after a stop that the driver asked for, or {"refused": (kind, message)}.
     An exception instead would mean a lost worker to Ray, which starts all of them again.
@@ -44,7 +48,9 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         device = ray.train.torch.get_device()
         if device.type == "cpu":
             torch.set_num_threads(max(1, int(run.pools.train.num_cpus)))
-        return Worker(run, device, ranks, Folder(config["folder"]), config["board"]).train()
+        groups, store = config["rewards"], config["store"]
+        rewards = score.client(run, groups, store, ranks.rank, ranks.size) if groups else None
+        return Worker(run, device, ranks, Folder(config["folder"]), config["board"], store, rewards).train()
     except Refused as refusal:
         return {"refused": (refusal.kind, refusal.message)}
 
@@ -52,8 +58,17 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
 class Worker:
     """One worker's objects, continued from the newest checkpoint if the folder has one. Every method is collective."""
 
-    def __init__(self, run: Run, device: torch.device, ranks: Ranks, folder: Folder, board: Any) -> None:
-        self.run, self.ranks, self.folder, self.board = run, ranks, folder, board
+    def __init__(
+        self,
+        run: Run,
+        device: torch.device,
+        ranks: Ranks,
+        folder: Folder,
+        board: Any,
+        store: Any = None,
+        rewards: RewardClient | None = None,
+    ) -> None:
+        self.run, self.ranks, self.folder, self.board, self.store = run, ranks, folder, board, store
         self.history: list[dict[str, float]] = []  # the metrics of every update so far, over restarts
         self.next_step, self.seconds_before, self.start = 0, 0.0, time.perf_counter()
         self.evaluated: tuple[int, list[Picture]] = (-1, [])  # after how many updates, and its pictures
@@ -64,7 +79,7 @@ class Worker:
         place = ranks.gather(found.folder.uri if found else None)[0]  # rank 0 looked: all continue from the same one
         with ranks.agreed():
             try:
-                self.session = Session(run, device, ranks.rank, ranks.size)
+                self.session = Session(run, device, ranks.rank, ranks.size, rewards.scores() if rewards else None)
             except (ValueError, OSError) as error:
                 raise ConfigError(str(error)) from error
             saved: dict[str, Mapping[str, Tensor]] = {}
@@ -78,6 +93,8 @@ class Worker:
         self.engine = ZeroEngine(self.session, weights=saved.get("parameters"))
         if found:
             self.resume(found, saved)
+        self.stream = Stream(self.session, store, ranks) if run.generation.where == "pool" else None
+        self.meter = Meter()
 
     def resume(self, found: Checkpoint, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.engine.restore({kind: saved[kind] for kind in ("exp_avg", "exp_avg_sq")}, found.next_step)
@@ -93,17 +110,19 @@ class Worker:
 
     def train(self) -> dict[str, Any]:
         train = self.run.train
+        self.publish(self.next_step)
         if not self.history:
             self.report({"step": 0, **summary(self.evaluate(0)), **self.cost()})
         for step in range(self.next_step, train.updates):
             lr = self.engine.lr
-            metrics = self.session.update(self.engine, step)
+            metrics = self.session.update(self.engine, step, self.stream.batches(step) if self.stream else None)
             if self.session.ema:
                 self.session.ema.update(self.engine.weights())
             done = step + 1
+            metrics |= self.publish(done)
             shared = self.ranks.gather((metrics, self.ranks.rank == 0 and self.must_stop()))
             stop = shared[0][1]
-            row = {"step": done, **{name: sum(m[name] for m, _ in shared) / len(shared) for name in metrics}}
+            row = {"step": done, **_mean([m for m, _ in shared])}
             row |= {"grad_norm": self.engine.grad_norm, "lr": lr, **self.cost()}
             if done % self.run.evaluate.every == 0 or done == train.updates:
                 row |= summary(self.evaluate(done))
@@ -112,7 +131,18 @@ class Worker:
                 self.save(done)
             if stop and done < train.updates:
                 return {"stopped": done}
+        if self.stream:
+            self.stream.close()
         return {"finished": self.finish()}
+
+    def publish(self, version: int) -> dict[str, float]:
+        """Hand the weights to the generation pool. Returns what the pools did since the last time; counters, on rank 0."""
+        import ray
+
+        told = self.stream.publish(version, self.engine.weights()) if self.stream else {}
+        if self.store is not None and self.ranks.rank == 0:
+            told |= self.meter.since(ray.get(self.store.status.remote()))
+        return told
 
     def evaluate(self, done: int) -> list[Picture]:
         """All held-out pictures of the weights that would be exported now, by index; a grid of them goes to storage."""
@@ -233,3 +263,9 @@ class Worker:
             return True  # the driver has given up on this run
         except ray.exceptions.RayActorError:
             return False  # it is being restarted
+
+
+def _mean(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of each metric over the workers that have it."""
+    names = dict.fromkeys(name for m in metrics for name in m)
+    return {name: mean(m[name] for m in metrics if name in m) for name in names}

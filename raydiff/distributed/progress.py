@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
+
+from raydiff.distributed.meter import Lines
 
 _PLAIN_EVERY = 5.0  # seconds between plain lines that bring no held-out reward
 
@@ -16,12 +19,15 @@ _PLAIN_EVERY = 5.0  # seconds between plain lines that bring no held-out reward
 class Progress:
     """Shows rows of metrics as they come."""
 
-    def __init__(self, updates: int, console: Console | None = None) -> None:
+    def __init__(self, updates: int, console: Console | None = None, pools: Mapping[str, int] | None = None) -> None:
+        """`pools`: replicas by pool, for a line each."""
+        self.meter, self.text = Lines(pools or {}), ""
         self.updates, self.console = updates, console or Console(highlight=False, soft_wrap=True)
         self.live = Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
         self.held_out: float | None = None
         self.first: tuple[int, float] | None = None  # step and seconds where this attempt's clock starts
         self.printed = 0.0
+        self.lines: list[str] = []
 
     def __enter__(self) -> Self:
         if self.live:
@@ -51,12 +57,18 @@ class Progress:
             self.held_out = row["held_out/total"]
         if self.first is None or row["step"] <= self.first[0]:
             self.first = (int(row["step"]), row["seconds"])
-        text = self.line(row)
+        self.text = self.line(row)
         if self.live:
-            self.live.update(Text(text))
+            self.live.update(Text("\n".join([self.text, *self.lines])))
         elif fresh or time.monotonic() - self.printed > _PLAIN_EVERY:
             self.printed = time.monotonic()
-            self.say(text)
+            self.say("\n".join([self.text, *self.lines]))
+
+    def pools(self, status: Mapping[str, Any]) -> None:
+        """What the pools do now."""
+        self.lines = self.meter.lines(status)
+        if self.live:
+            self.live.update(Text("\n".join([self.text or "starting", *self.lines])))
 
     def line(self, row: dict[str, float]) -> str:
         assert self.first is not None

@@ -18,16 +18,30 @@ from torch import Tensor
 
 from raydiff.config import ConfigError
 from raydiff.core.learner import Metrics, require_finite
-from raydiff.core.policy import NonFiniteReward, Policy
+from raydiff.core.policy import NonFiniteReward, Policy, RewardFailed
 from raydiff.core.rollouts import Rollouts
 from raydiff.distributed.storage import StorageError
+from raydiff.distributed.weights import SyncError
 
 T = TypeVar("T")
 
 PLAIN: dict[str, Callable[[str], Exception]] = {
-    kind.__name__: kind for kind in (ConfigError, FloatingPointError, NonFiniteReward, StorageError)
+    kind.__name__: kind for kind in (ConfigError, FloatingPointError, NonFiniteReward, RewardFailed, StorageError, SyncError)
 }
 """Errors whose message says all that a user needs; of any other the traceback is shown."""
+
+
+def plain(error: BaseException | None) -> Exception | None:
+    """The first error of PLAIN in a chain of causes, as Ray wraps what a remote process raised; None when there is none."""
+    while error is not None:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, BaseException):
+            error = cause
+        elif type(error).__name__ in PLAIN:
+            return error  # type: ignore[return-value]
+        else:
+            error = error.__cause__
+    return None
 
 
 class Refused(Exception):

@@ -14,9 +14,9 @@ from raydiff.distributed.launch import Result, train
 UPDATES = 4
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """Address of a cluster of 4 declared CPUs."""
+    """Address of a cluster of 4 declared CPUs, one for each module: others start clusters of several nodes."""
     ray = pytest.importorskip("ray")
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
@@ -48,7 +48,7 @@ def ray_run(tiny_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFacto
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def uninterrupted(cluster: str, ray_run: Callable[..., Run]) -> Result:
     return train(ray_run())
 

@@ -1,0 +1,231 @@
+"""The one streaming pipeline of an attempt: tickets -> gate -> generators -> scorers -> the learner's shard.
+
+Its settings are those under which Ray Data neither deadlocks nor lets samples grow old; each says why.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from raydiff import placement
+from raydiff.config import Run
+from raydiff.core.rollouts import Rollouts
+from raydiff.distributed import rows, weights
+from raydiff.distributed.generate import Gate, Generator
+from raydiff.distributed.meter import PREFIX
+from raydiff.distributed.ranks import Ranks, plain
+from raydiff.distributed.score import RESTARTS, Group, Scorer, client
+from raydiff.distributed.weights import SyncError
+from raydiff.session import Session
+
+_STALENESS, _PROBE, _WAIT = (PREFIX + name for name in ("staleness", "probe_error", "learner_waited"))
+_WAITING = 8  # tickets that lie ready at the gate: handing it one takes Ray Data's loop longer than letting one pass
+_NOISE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}  # relative, of one network on two devices
+
+
+def blocks(run: Run) -> int:
+    """Micro-batches of an update, each one ticket and one block."""
+    return run.batch.size // run.batch.micro
+
+
+def factory(
+    run: Run, store: Any, groups: list[Group], nodes: list[placement.Node], generator: type = Generator, **options: Any
+) -> Callable[[], Any]:
+    """What Ray Train calls at the start of each attempt: opens it in the store and returns its dataset.
+
+    `generator` and Ray's `options` for it are there for simulations.
+    """
+    claim = next(c for c in placement.claims(run, nodes) if c.pool == placement.GENERATE)
+
+    def make() -> Any:
+        import ray.data
+        from ray.data import ActorPoolStrategy, DataContext
+
+        attempt = secrets.token_hex(8)
+        ray.get(store.open.remote(attempt))
+        context = DataContext.get_current()
+        context.enable_progress_bars = context.print_on_execution_start = False
+        context.execution_no_progress_timeout_s = -1  # a slow update is no hang
+        context.retried_map_errors, context.max_map_retries = True, 2
+        context.issue_detectors_config.detectors = []  # they take a closed gate for a hanging task
+        faults = {"max_restarts": RESTARTS, "max_task_retries": RESTARTS}
+        # One ticket is one row and one block: a block of several would be waited for as a whole. What makes and admits
+        # tickets claims nothing: the run's pools may leave nothing.
+        data = ray.data.read_datasource(
+            _tickets(run.train.updates * blocks(run)), num_cpus=0, override_num_blocks=run.train.updates * blocks(run)
+        )
+        data = data.map_batches(
+            Gate,
+            fn_constructor_args=(store, attempt),
+            batch_size=None,
+            compute=ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=_WAITING),
+            num_cpus=0,
+            **faults,
+        )
+        data = data.map_batches(
+            generator,
+            fn_constructor_args=(run.model_dump_json(), store, attempt),
+            batch_size=None,
+            compute=ActorPoolStrategy(size=claim.replicas, max_tasks_in_flight_per_actor=2),
+            num_cpus=claim.cpus,
+            num_gpus=claim.gpus or None,
+            label_selector=dict(claim.labels) or None,
+            **faults,
+            **options,
+        )
+        if run.method.needs_rewards and groups:
+            data = data.map_batches(
+                Scorer,
+                fn_constructor_args=(client(run, groups, store),),
+                batch_size=None,
+                compute=ActorPoolStrategy(size=run.pools.reward.replicas),
+                num_cpus=0,
+                **faults,
+            )
+        return data
+
+    return make
+
+
+def data_config(run: Run, nodes: list[placement.Node]) -> Any:
+    """How Ray Train shares the blocks out: in order, so that ticket t goes to worker t mod workers."""
+    from ray.data import ExecutionOptions
+    from ray.data._internal.execution.interfaces import ExecutionResources
+    from ray.train import DataConfig
+
+    others = [c for c in placement.claims(run, nodes) if c.pool == placement.REWARD]  # the trainers are left out by Train
+    taken = ExecutionResources(cpu=sum(c.replicas * c.cpus for c in others), gpu=sum(c.replicas * c.gpus for c in others))
+    options = ExecutionOptions(preserve_order=True, exclude_resources=taken)
+    return DataConfig(enable_shard_locality=False, execution_options=options)  # locality waits for blocks that cannot come
+
+
+def _tickets(n: int) -> Any:
+    """A datasource of n blocks with one row each, n = 0, 1, ..."""
+    import pyarrow as pa
+    from ray.data import Datasource, ReadTask
+    from ray.data.block import BlockMetadata
+
+    class Tickets(Datasource):
+        def estimate_inmemory_data_size(self) -> int:
+            return 8 * n
+
+        def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
+            about = BlockMetadata(num_rows=1, size_bytes=8, input_files=None, exec_stats=None)
+            return [ReadTask(lambda i=i: [pa.table({"n": [i]})], about) for i in range(n)]
+
+    return Tickets()
+
+
+class Stream:
+    """A learner's end of the pipeline: its blocks in order, each proven to come from weights that were published.
+
+    `publish` and `batches` are collective.
+    """
+
+    def __init__(self, session: Session, store: Any, ranks: Ranks) -> None:
+        import ray.train
+
+        self.session, self.store, self.ranks = session, store, ranks
+        self.run, self.blocks = session.run, blocks(session.run)
+        self.attempt: str = ray.get(store.current.remote())
+        self.digests: dict[int, str] = {}
+        self.probes: dict[int, np.ndarray] = {}
+        self.base: np.ndarray | None = None  # probe of the first version
+        shard = ray.train.get_dataset_shard("train")
+        # A batch is a block; prefetching would let blocks grow old in a buffer, and at staleness 0 wait for ever.
+        self.iterator = iter(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
+        self.first: Future[rows.Columns] | None = None  # on its way while the learner evaluates
+        self.consumed = 0
+        self.metrics: dict[str, float] = {}
+
+    def publish(self, version: int, trained: Any) -> dict[str, float]:
+        """Hand the trained weights, whole, to the pool. Returns metrics of the update before."""
+        import ray
+
+        start = time.monotonic()
+        arrays = weights.to_numpy(trained)
+        self.digests[version] = weights.digest(arrays)  # every rank has the same weights, so no rank has to ask
+        self.probes = {v: p for v, p in self.probes.items() if v >= version - self.run.generation.max_staleness}
+        self.probes[version] = weights.probe(self.session)
+        if self.ranks.rank == 0:
+            ray.get(self.store.publish.remote(self.attempt, version, arrays, self.consumed))
+        if self.base is None:
+            self.base = self.probes[version]
+            self.first = ThreadPoolExecutor(1).submit(self._pull)
+        return {**self.metrics, f"{PREFIX}publish_seconds": time.monotonic() - start}
+
+    def batches(self, step: int) -> Iterable[Rollouts]:
+        """This worker's micro-batches of an update."""
+        self.metrics = dict.fromkeys((_STALENESS, _PROBE, _WAIT), 0.0)
+        geometry, rank = self.session.geometry, self.ranks.rank
+        for a in range(geometry.accumulation):
+            start = time.monotonic()
+            with self.ranks.agreed():
+                columns, lost = self._next()
+                if lost is None:
+                    self._check(columns, step, step * self.blocks + a * geometry.workers + rank)
+            if lost is not None:
+                raise lost  # Ray starts the workers again
+            self.metrics[_WAIT] += time.monotonic() - start
+            self.consumed += geometry.workers
+            policy = self.session.policy
+            policy.calls.images += columns["seeds"].size
+            policy.calls.unet_forward += int(columns["unet_forward"].sum())
+            rollouts = rows.to_rollouts(columns, self.session.model.device)
+            if rollouts.rewards is not None:
+                policy.calls.reward_queries += columns["seeds"].size
+            yield self.session.scored(rollouts)
+
+    def close(self) -> None:
+        import ray
+
+        ray.get(self.store.close.remote(self.attempt))
+
+    def _next(self) -> tuple[rows.Columns, Exception | None]:
+        """The next block with rows; or what was lost on the way to it. Raises what is final: a fault of the run itself."""
+        try:
+            first, self.first = self.first, None
+            return first.result() if first else self._pull(), None
+        except Exception as error:
+            if (cause := plain(error)) is not None:
+                raise cause from None
+            return {}, error
+
+    def _pull(self) -> rows.Columns:
+        for columns in self.iterator:
+            if len(columns["ticket"]):
+                return columns
+        raise RuntimeError("the generation pipeline ended before the run did")
+
+    def _check(self, columns: rows.Columns, step: int, expected: int) -> None:
+        """Raise SyncError unless this is the block that is due, of weights that are young enough and were published."""
+        ticket, version = int(columns["ticket"][0]), int(columns["version"][0])
+        if ticket != expected:
+            raise SyncError(f"update {step}: block {ticket} came where {expected} was due; no sample may be lost or used twice")
+        staleness, most = step - version, self.run.generation.max_staleness
+        if not 0 <= staleness <= most:
+            raise SyncError(
+                f"update {step}: its samples are from weights of version {version}, {staleness} updates old, and"
+                f" generation.max_staleness = {most}: a generator does not take up new weights"
+            )
+        given = str(columns["digest"][0])
+        if self.digests.get(version) != given:
+            raise SyncError(
+                f"update {step}: a generator holds weights of digest {given} and calls them version {version}, which was"
+                f" published as {self.digests.get(version)}: the weights did not arrive"
+            )
+        error = weights.probe_error(columns["probe"][0], self.probes[version])
+        moved = weights.probe_error(self.probes[version], self.base) if self.base is not None else 0.0
+        if error > 0.5 * moved + _NOISE[self.run.model.dtype]:
+            raise SyncError(
+                f"update {step}: a generator holds the weights of version {version}, but its network answers as if it did not"
+                f" (relative difference {error:.1e} on the probe; training has moved it by {moved:.1e})"
+            )
+        self.metrics[_STALENESS] += staleness / self.session.geometry.accumulation
+        self.metrics[_PROBE] = max(self.metrics[_PROBE], error)

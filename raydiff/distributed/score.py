@@ -1,0 +1,266 @@
+"""The reward pool: replicas that hold the reward models and answer for everyone, with gradients where they are wanted.
+
+Learners send pictures and get (r, dr/dpictures) back; the generation pool's pictures are scored by the same replicas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raydiff import placement
+from raydiff.config import Run
+from raydiff.core.policy import checked
+from raydiff.core.reward_vjp import Parts, Reward, RewardError, score_and_grad, weighted_sum, with_remote_gradient
+from raydiff.distributed import rows
+from raydiff.distributed.generate import device
+from raydiff.session import Scores, weights
+
+RESTARTS = 10  # of one actor; without an end, a crash at every start would loop for ever
+_ATTEMPTS = 3  # calls of a reward that raises, before it is believed
+
+
+@dataclass(frozen=True)
+class Group:
+    """Replicas that hold the same rewards."""
+
+    names: tuple[str, ...]
+    replicas: tuple[Any, ...]
+
+
+@dataclass
+class _Request:
+    images: np.ndarray  # (B,3,H,W)
+    prompts: list[str]
+    evaluation: bool
+    gradient: bool
+    answer: Any = None  # an asyncio.Future
+
+    def like(self, other: _Request) -> bool:
+        """Whether both can be one batch."""
+        mine, theirs = ((r.evaluation, r.gradient, r.images.shape[1:], r.images.dtype) for r in (self, other))
+        return mine == theirs
+
+
+@dataclass
+class _Answer:
+    parts: dict[str, np.ndarray]  # (B,)
+    gradient: np.ndarray | None  # of the weighted sum, (B,3,H,W)
+    busy: float = 0.0  # seconds, the request's share
+    idle: float = 0.0  # seconds that the replica had been waiting
+
+
+class RewardReplica:
+    """An actor with some of a run's rewards. Requests that wait together are answered as one batch."""
+
+    def __init__(self, run: str, names: Sequence[str]) -> None:
+        config = Run.model_validate_json(run)
+        place = device(config.pools.reward.num_cpus)
+        every = {**config.rewards.named, **config.evaluate.rewards}
+        self.rewards = {name: _named(name, every[name].build(place)) for name in names}
+        self.trained = {name: self.rewards[name] for name in names if name in config.rewards.named}
+        self.weights, self.device, self.most = weights(config), place, config.evaluate.batch
+        self.waiting: list[_Request] = []
+        self.turn = asyncio.Lock()
+        self.free_since = time.monotonic()
+
+    async def ready(self) -> None:
+        """Answers when the rewards are loaded."""
+
+    async def score(self, images: np.ndarray, prompts: list[str], evaluation: bool, gradient: bool) -> _Answer | RewardError:
+        """Rewards of images (B,3,H,W) in [0,1]; `evaluation` asks for the held-out ones too."""
+        mine = _Request(images, prompts, evaluation, gradient, asyncio.get_running_loop().create_future())
+        self.waiting.append(mine)
+        async with self.turn:
+            while not mine.answer.done():
+                await self._serve()
+        return mine.answer.result()
+
+    async def _serve(self) -> None:
+        """Answer the first request, and those behind it that fit into its batch."""
+        first, size = self.waiting[0], 0
+        batch: list[_Request] = []
+        for request in self.waiting:
+            if request.like(first) and (not batch or size + len(request.prompts) <= self.most):
+                batch.append(request)
+                size += len(request.prompts)
+        self.waiting = [request for request in self.waiting if not any(request is b for b in batch)]
+        start = time.monotonic()
+        answers = await asyncio.to_thread(self._answers, batch)
+        end = time.monotonic()
+        for request, answer in zip(batch, answers, strict=True):
+            if isinstance(answer, _Answer):
+                answer.busy = (end - start) * len(request.prompts) / size
+                answer.idle = (start - self.free_since) * len(request.prompts) / size
+            request.answer.set_result(answer)
+        self.free_since = end
+
+    def _answers(self, batch: list[_Request]) -> list[_Answer | RewardError]:
+        """Of each request. What raises together is asked apart, so one's fault is not the others'."""
+        images = np.concatenate([request.images for request in batch])
+        prompts = [prompt for request in batch for prompt in request.prompts]
+        try:
+            whole = self._call(images, prompts, batch[0])
+        except RewardError as error:
+            if len(batch) > 1:
+                return [answer for request in batch for answer in self._answers([request])]
+            return [self._again(batch[0], error)]
+        cuts = np.cumsum([len(request.prompts) for request in batch])[:-1]
+        parts = {name: np.split(values, cuts) for name, values in whole.parts.items()}
+        gradients = [None] * len(batch) if whole.gradient is None else np.split(whole.gradient, cuts)
+        return [_Answer({name: values[i] for name, values in parts.items()}, gradients[i]) for i in range(len(batch))]
+
+    def _again(self, request: _Request, error: RewardError) -> _Answer | RewardError:
+        """A reward that raised is asked again, then picture by picture, to name the one at fault."""
+        for _ in range(_ATTEMPTS - 1):
+            try:
+                return self._call(request.images, request.prompts, request)
+            except RewardError as again:
+                error = again
+        for row, prompt in enumerate(request.prompts):
+            try:
+                self._call(request.images[row : row + 1], [prompt], request)
+            except RewardError as single:
+                return RewardError(single.name, single.message, row)
+        return error
+
+    def _call(self, images: np.ndarray, prompts: list[str], request: _Request) -> _Answer:
+        rewards = self.rewards if request.evaluation else self.trained
+        score = weighted_sum(rewards, self.weights)
+        pixels = torch.from_numpy(np.array(images)).to(self.device)
+        if request.gradient:
+            _, parts, gradient = score_and_grad(score)(pixels, prompts)
+            return _Answer(_arrays(parts), gradient.cpu().numpy())
+        with torch.no_grad():
+            return _Answer(_arrays(score(pixels, prompts)[1]), None)
+
+
+@dataclass
+class RewardClient:
+    """What a learner, or the pipeline, asks the pool through. Learners share the replicas out among themselves."""
+
+    groups: Sequence[Group]
+    weights: dict[str, float]
+    held_out: frozenset[str]
+    rank: int = 0
+    workers: int = 1
+    store: Any = None  # the weight store, which keeps the pools' counters
+
+    def scores(self) -> Scores:
+        """For a Session: exact gradients of rewards that are computed elsewhere."""
+        return Scores(with_remote_gradient(self.score_and_grad, self.score), self.evaluate)
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Parts]:
+        total, parts, _ = self._ask(images, prompts, evaluation=False, gradient=False)
+        return total, parts
+
+    def evaluate(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Parts]:
+        total, parts, _ = self._ask(images, prompts, evaluation=True, gradient=False)
+        return total, parts
+
+    def score_and_grad(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Parts, Tensor]:
+        return self._ask(images, prompts, evaluation=False, gradient=True)
+
+    def mine(self, replicas: Sequence[Any]) -> Sequence[Any]:
+        """This learner's replicas: its share of many, or one that it shares with other learners."""
+        first, last = (r * len(replicas) // self.workers for r in (self.rank, self.rank + 1))
+        return replicas[first : max(last, first + 1)]
+
+    def _ask(self, images: Tensor, prompts: Sequence[str], *, evaluation: bool, gradient: bool) -> tuple[Tensor, Parts, Tensor]:
+        """All groups at once, each picture by one replica of each."""
+        import ray
+
+        start = time.monotonic()
+        pixels = images.detach().cpu().numpy()
+        asked: list[tuple[int, Any]] = []  # the first row of a share, and its answer to come
+        for group in self.groups:
+            if not evaluation and self.held_out.issuperset(group.names):
+                continue
+            replicas = self.mine(group.replicas)
+            for rows_of in np.array_split(np.arange(len(prompts)), len(replicas)):
+                if len(rows_of):
+                    share, texts = pixels[rows_of[0] : rows_of[-1] + 1], [prompts[i] for i in rows_of]
+                    replica = replicas[len(asked) % len(replicas)]
+                    asked.append((int(rows_of[0]), replica.score.remote(share, texts, evaluation, gradient)))
+        parts: dict[str, np.ndarray] = {}
+        grads = np.zeros_like(pixels) if gradient else np.zeros(0)
+        counters = {"images": len(prompts), "busy": 0.0, "idle": 0.0}
+        for first, answer in zip((row for row, _ in asked), ray.get([ref for _, ref in asked]), strict=True):
+            if isinstance(answer, RewardError):
+                raise RewardError(answer.name, answer.message, None if answer.row is None else first + answer.row)
+            for name, values in answer.parts.items():
+                parts.setdefault(name, np.zeros(len(prompts), values.dtype))[first : first + len(values)] = values
+            if answer.gradient is not None:
+                grads[first : first + len(answer.gradient)] += answer.gradient
+            counters["busy"] += answer.busy
+            counters["idle"] += answer.idle
+        if self.store is not None:
+            self.store.report.remote(placement.REWARD, counters | {"waited": time.monotonic() - start})
+        named = {name: torch.from_numpy(values).to(images.device) for name, values in parts.items()}
+        total = torch.stack([self.weights[name] * part for name, part in named.items()]).sum(0)
+        return total, named, torch.from_numpy(grads).to(images.device)
+
+
+class Scorer:
+    """The pipeline's scoring step: pictures out of a block, rewards in. The pool does the work, so it claims nothing."""
+
+    def __init__(self, client: RewardClient) -> None:
+        self.client = client
+
+    def __call__(self, block: rows.Columns) -> rows.Columns:
+        if not len(block["ticket"]):
+            return block
+        images = torch.from_numpy(np.array(block["images"]))
+        prompts = [str(prompt) for prompt in block["prompt"] for _ in range(images.shape[1])]
+        total, parts = checked(self.client.score, images.flatten(0, 1), prompts, block["seeds"].flatten().tolist())
+        shape = images.shape[:2]
+        return rows.with_rewards(block, {name: r.view(shape).numpy() for name, r in {"total": total, **parts}.items()})
+
+
+def start(run: Run, nodes: Sequence[placement.Node]) -> list[Group]:
+    """Start the reward pool, owned by the caller. Returns when all replicas have loaded. Raises what their loading raised."""
+    import ray
+
+    claim = next(c for c in placement.claims(run, nodes) if c.pool == placement.REWARD)
+    groups = []
+    for rewards in placement.reward_groups(run):
+        environment = next(iter(rewards.values())).runtime_env
+        actor = ray.remote(
+            num_cpus=claim.cpus,
+            num_gpus=claim.gpus,
+            label_selector=dict(claim.labels) or None,
+            runtime_env=environment or None,
+            max_restarts=RESTARTS,
+            max_task_retries=RESTARTS,
+        )(RewardReplica)
+        replicas = tuple(actor.remote(run.model_dump_json(), tuple(rewards)) for _ in range(run.pools.reward.replicas))
+        groups.append(Group(tuple(rewards), replicas))
+    ray.get([replica.ready.remote() for group in groups for replica in group.replicas])
+    return groups
+
+
+def client(run: Run, groups: Sequence[Group], store: Any, rank: int = 0, workers: int = 1) -> RewardClient:
+    return RewardClient(groups, weights(run), frozenset(run.evaluate.rewards), rank, workers, store)
+
+
+def _named(name: str, reward: Reward) -> Reward:
+    """The reward, whose exceptions say which one it was."""
+
+    def call(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        try:
+            return reward(images, prompts)
+        except Exception as error:
+            raise RewardError(name, f"{type(error).__name__}: {error}") from error
+
+    return call
+
+
+def _arrays(parts: Parts) -> dict[str, np.ndarray]:
+    return {name: part.detach().cpu().numpy() for name, part in parts.items()}
