@@ -20,6 +20,7 @@ def fit(run: Run, *, device: torch.device | str = "cpu", folder: str | Path | No
     are exported there at the end. Workers and ZeRO stage play no role here; the batch is the same.
     """
     session = Session(run, device)
+    session.prepare()
     optimizer, scheduler = session.optimizer()
     engine = TorchEngine(optimizer, scheduler, session.geometry.step_accumulation, run.optimizer.max_grad_norm)
     start = time.perf_counter()

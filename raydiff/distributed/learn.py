@@ -89,6 +89,12 @@ class Worker:
                 checkpoint.check_same_run(found.run, run)
                 kinds = ("parameters", "exp_avg", "exp_avg_sq", *(("ema",) if self.session.ema else ()))
                 saved = {kind: found.tensors(kind) for kind in kinds}
+        self.session.gather = ranks.gather
+        with ranks.agreed():
+            try:
+                self.session.prepare(self.encoding)
+            except (ValueError, OSError) as error:  # the same on all: preparing agrees on it
+                raise ConfigError(str(error)) from error
         self.session.method = AgreedLoss(run.method, ranks)
         self.engine = ZeroEngine(self.session, weights=saved.get("parameters"))
         if found:
@@ -107,6 +113,10 @@ class Worker:
             self.add(found.history, [])
             self.board.tell.remote(f"continuing after update {found.next_step}")
         self.history, self.next_step, self.seconds_before = found.history, found.next_step, found.seconds
+
+    def encoding(self, done: int, pieces: int) -> None:
+        if self.ranks.rank == 0 and done == 0:
+            self.board.tell.remote(f"encoding the pairs of {self.run.pairs.path}: {pieces} pieces, once")
 
     def train(self) -> dict[str, Any]:
         train = self.run.train
