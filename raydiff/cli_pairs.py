@@ -113,12 +113,13 @@ def encode(recipe: RecipeFile, overrides: Overrides = None, device: Device = Non
     if found := faults(run):
         raise ValueError("\n".join(found))
 
+    from rich.console import Console
     from rich.progress import Progress
 
     from raydiff.data.latents import prepare
 
     model = run.model.build(device or _device())
-    with Progress(transient=True) as progress:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("encoding", total=None)
         latents = prepare(
             run.pairs, model, run.evaluate.batch, told=lambda done, pieces: progress.update(bar, completed=done, total=pieces)

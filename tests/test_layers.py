@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import raydiff.core
+import raydiff.data
 import raydiff.methods
 import raydiff.models
 import raydiff.rewards
@@ -24,10 +25,10 @@ def modules(package: object) -> list[str]:
     [
         (["raydiff", "raydiff.assets"], HEAVY | {"pydantic"}),
         (["raydiff.config"], HEAVY),
-        (["raydiff.cli"], HEAVY),
+        (["raydiff.cli", "raydiff.cli_pairs"], HEAVY),
         (modules(raydiff.core), BESIDE_TORCH | {"pydantic"}),
         ([*modules(raydiff.methods), *modules(raydiff.rewards), *modules(raydiff.models)], BESIDE_TORCH),
-        (["raydiff.data.prompts", "raydiff.session", "raydiff.local", "raydiff.pictures"], BESIDE_TORCH),
+        ([*modules(raydiff.data), "raydiff.session", "raydiff.local", "raydiff.pictures"], BESIDE_TORCH),
     ],
     ids=["package", "config", "cli", "core", "plugins", "local"],
 )

@@ -14,12 +14,17 @@ from raydiff.config import ConfigError, Run, load, override
 from raydiff.core.learner import TorchEngine
 from raydiff.core.rollouts import Rollouts
 from raydiff.data import pickapic
+from raydiff.placement import Node
+from raydiff.plan import Machine, plan
+from raydiff.plan.cost import Backward
+from raydiff.plan.memory import GIB, Live
 from raydiff.preflight import faults
 from raydiff.session import Session
 from tests.data import shards
 from tests.tiny import make_pipeline
 
 Make = Callable[..., Run]
+LAPTOP = Machine("this machine", (Node(8),), memory=16 * GIB)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +166,27 @@ def test_rewards_of_a_labelled_run_are_only_evaluated(labelled: Make) -> None:
     assert {"held_out/total", "held_out/blue", "held_out/mirror"} <= start.keys()
     assert start["held_out/total"] == pytest.approx(start["held_out/blue"])
     assert last["reward/total"] == 0.5 and last["reward_queries"] == 0
+
+
+def test_the_plan_counts_what_a_labelled_run_does(labelled: Make) -> None:
+    run = labelled(changes={"train.updates": 2, "evaluate.images": 2})
+    planned, (*_, last) = plan(run, LAPTOP), raydiff.fit(run)
+    assert {name: 2 * n for name, n in vars(planned.update).items()} == {name: last[name] for name in vars(planned.update)}
+    assert planned.update.images == planned.update.reward_queries == 0 and planned.problems == ()
+    (missing,) = plan(override(run, {"pairs.path": "/nowhere.parquet"}), LAPTOP).problems
+    assert missing.startswith("pairs.path = '/nowhere.parquet': there is no Parquet file")
+
+
+def test_the_plan_traces_the_memory_of_a_labelled_micro_batch(labelled: Make) -> None:
+    run = labelled(changes={"batch.size": 2})
+    estimate, session = plan(run, LAPTOP).memory, prepared(run)
+    for p in session.model.trained().values():
+        p.grad = torch.zeros_like(p)
+    parts = [m for m in vars(session.model.pipe).values() if isinstance(m, torch.nn.Module)]
+    known = [t for m in parts for t in [*m.parameters(), *m.buffers()]]
+    with Live([*known, *(p.grad for p in session.model.trained().values() if p.grad is not None)]) as live:
+        session.update(Backward(), 0)
+    assert estimate is not None and estimate.update == pytest.approx(live.peak, rel=0.1)
 
 
 @pytest.mark.parametrize(
