@@ -14,7 +14,8 @@ import typer
 from raydiff import cli_pairs
 
 if TYPE_CHECKING:
-    from raydiff.config import Run, Sampler
+    from raydiff.config import Pool, Run, Sampler
+    from raydiff.generate import Adapter
     from raydiff.models.base import ModelConfig
 
 app = typer.Typer(
@@ -28,6 +29,19 @@ app.add_typer(cli_pairs.app, name="pairs")
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A run file: TOML, or the run.json of an earlier run.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="PATH=VALUE...", help="Fields to set anew, e.g. method.k=2 train.updates=20.")
+]
+Replicas = Annotated[int | None, typer.Option(help="Actors of the pool, on Ray.", rich_help_panel="On Ray")]
+NumGpus = Annotated[
+    float | None, typer.Option(help="GPUs of each, or a fraction; default: 1 where there are any.", rich_help_panel="On Ray")
+]
+NumCpus = Annotated[float | None, typer.Option(help="CPUs of each.", rich_help_panel="On Ray")]
+Label = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="Node label that it goes to; may be repeated.", rich_help_panel="On Ray"),
+]
+RowsPerFile = Annotated[int | None, typer.Option(min=1, help="Default: 256.", rich_help_panel="On Ray")]
+MaxBadRows = Annotated[
+    int | None, typer.Option(min=0, help="Rows that may be left out before it stops; default: 100.", rich_help_panel="On Ray")
 ]
 _EXTRA = ("ray", "deepspeed", "mlflow", "pyarrow", "matplotlib")  # of the extra "jobs"
 
@@ -57,8 +71,12 @@ def train(
 @app.command()
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...")] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="More prompts: .txt, one a line, or .parquet.")] = None,
-    to: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the pictures go.")] = Path("pictures"),
+    prompts_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="More prompts: .txt, one a line, or .parquet.")
+    ] = None,
+    to: Annotated[
+        str, typer.Option(metavar="FOLDER", help="Where the pictures go; FOLDER.parquet makes a dataset, on Ray.")
+    ] = "pictures",
     model: Annotated[str | None, typer.Option(help='Folder, hub id or "embedded", the default.')] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="Take model and sampler from a run file; options here come first.")
@@ -78,35 +96,84 @@ def generate(
     batch: Annotated[int, typer.Option(min=1, help="Pictures sampled at once.")] = 8,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Draw on a Ray cluster; for a .parquet it goes without saying.")] = False,
+    replicas: Replicas = None,
+    num_gpus: NumGpus = None,
+    num_cpus: NumCpus = None,
+    label: Label = None,
+    rows_per_file: RowsPerFile = None,
+    max_bad_rows: MaxBadRows = None,
 ) -> None:
-    """Sample pictures of a model, with any mixture of adapters: each as PNG, a grid of all, and images.json."""
-    texts = list(prompts or [])
-    if prompts_file is not None:
-        from raydiff.data.prompts import read
+    """Sample pictures of a model, with any mixture of adapters: each as PNG, a grid of all, and images.json.
 
-        texts += read(str(prompts_file), "--prompts-file")
-    if not texts:
+    On Ray: any number of prompts on a pool of actors. The same command goes on with what was interrupted.
+    """
+    texts = list(prompts or [])
+    if not texts and prompts_file is None:
         raise ValueError('no prompt given: raydiff generate "a red cat" "a fish", or --prompts-file FILE')
     numbers = _numbers(seeds) if seeds is not None else list(range(seed, seed + n))
     given = {"steps": steps, "guidance": guidance, "spacing": spacing, "final_alpha": final_alpha, "eta": eta}
+    on_ray = {"rows_per_file": rows_per_file, "max_bad_rows": max_bad_rows}
+    pool = {"replicas": replicas, "num_gpus": num_gpus, "num_cpus": num_cpus, "label": label}
+    here = not ray and not to.rstrip("/").endswith(".parquet")
+    _no_options(pool | on_ray if here else {"device": device}, "--ray" if here else "--num-gpus in place of it")
+    if here:
+        if prompts_file is not None:
+            from raydiff.data.prompts import read
+
+            texts += read(prompts_file, "--prompts-file")
+        config, sampler = _model_and_sampler(recipe, {"path": model, "dtype": dtype}, given)
+        _draw(texts, numbers, to, config, sampler, _adapters(adapter, lora_scale), batch, device)
+        return
+    from raydiff.distributed.generate_batch import generate as draw
+
     config, sampler = _model_and_sampler(recipe, {"path": model, "dtype": dtype}, given)
-    _writable(to)
-
-    from raydiff import generate as drawing
-
-    adapters = [drawing.Adapter.parse(text) for text in adapter or []]
-    adapters = [drawing.Adapter(a.folder, a.weight * lora_scale) for a in adapters]
-    drawing.check(adapters)
-    pipe = drawing.pipeline(config, adapters, device or _device())
-    drawn = drawing.samples(pipe, texts, numbers, sampler, batch)
-    grid = drawing.write(
-        _progress(drawn, len(texts) * len(numbers), "pictures"),
+    draw(
         to,
-        model=getattr(config, "path", config.kind),
+        model=config,
         sampler=sampler,
-        adapters=adapters,
+        prompts=texts,
+        prompts_file=prompts_file,
+        adapters=_adapters(adapter, lora_scale),
+        seeds=numbers,
+        batch_size=batch,
+        pool=_pool(pool),
+        **_given(on_ray),
     )
-    typer.echo(f"{len(texts) * len(numbers)} pictures, images.json and {grid}")
+
+
+@app.command()
+def score(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Parquet file or folder of pictures, or a URI of one.")],
+    overrides: Overrides = None,
+    to: Annotated[str, typer.Option(metavar="FOLDER", help="Where the scored dataset goes.")] = "scored.parquet",
+    recipe: Annotated[Path | None, typer.Option(help="A run file: its rewards, those held out, and their total.")] = None,
+    reward: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=KIND", help="May be repeated; rewards.NAME.FIELD=VALUE sets its fields.")
+    ] = None,
+    image_column: Annotated[str, typer.Option(help="Column of image files.")] = "image",
+    prompt_column: Annotated[str, typer.Option(help="Column of prompts; none: there is none.")] = "prompt",
+    batch: Annotated[int, typer.Option(min=1, help="Pictures scored at once.")] = 16,
+    replicas: Replicas = None,
+    num_gpus: NumGpus = None,
+    num_cpus: NumCpus = None,
+    label: Label = None,
+    rows_per_file: RowsPerFile = None,
+    max_bad_rows: MaxBadRows = None,
+) -> None:
+    """Add a column for each reward to a dataset of pictures, on Ray. The same command goes on with what was interrupted."""
+    from raydiff.data.images import Columns
+    from raydiff.distributed.score_batch import score as rate
+
+    rate(
+        dataset,
+        to,
+        _rewards(recipe, reward or [], overrides or []),
+        columns=Columns(image_column, None if prompt_column == "none" else prompt_column),
+        batch_size=batch,
+        pool=_pool({"replicas": replicas, "num_gpus": num_gpus, "num_cpus": num_cpus, "label": label}),
+        **_given({"rows_per_file": rows_per_file, "max_bad_rows": max_bad_rows}),
+    )
 
 
 @app.command()
@@ -232,6 +299,69 @@ def _model_and_sampler(recipe: Path | None, model: dict[str, Any], sampler: dict
         type(base).model_validate(base.model_dump() | new_model),
         Sampler.model_validate(base_sampler.model_dump() | new_sampler),
     )
+
+
+def _draw(
+    prompts: list[str],
+    seeds: list[int],
+    to: str,
+    model: ModelConfig,
+    sampler: Sampler,
+    adapters: list[Adapter],
+    batch: int,
+    device: str | None,
+) -> None:
+    """Pictures in this process."""
+    _writable(Path(to))
+
+    from raydiff import generate as drawing
+
+    drawing.check(adapters, sampler)
+    pipe = drawing.pipeline(model, adapters, device or _device())
+    drawn = drawing.samples(pipe, prompts, seeds, sampler, batch)
+    pictures, name = len(prompts) * len(seeds), getattr(model, "path", model.kind)
+    grid = drawing.write(_progress(drawn, pictures, "pictures"), to, model=name, sampler=sampler, adapters=adapters)
+    typer.echo(f"{pictures} pictures, images.json and {grid}")
+
+
+def _adapters(texts: list[str] | None, scale: float) -> list[Adapter]:
+    from raydiff.generate import Adapter
+
+    return [Adapter(a.folder, a.weight * scale) for a in map(Adapter.parse, texts or [])]
+
+
+def _rewards(recipe: Path | None, named: list[str], overrides: list[str]) -> Run | dict[str, Any]:
+    """A run, for all of its rewards, or those of `--reward NAME=KIND` with `rewards.NAME.FIELD=VALUE`."""
+    from raydiff.config import load, rewards
+
+    if (recipe is None) == (not named):
+        raise ValueError("give the rewards either by --recipe RUN.toml or by --reward NAME=KIND")
+    if recipe is not None:
+        return load(recipe, overrides)
+    for text in named:
+        if not all(text.partition("=")):
+            raise ValueError(f"--reward {text!r} is not NAME=KIND, e.g. --reward alignment=clip")
+    return rewards(dict(text.split("=", 1) for text in named), overrides)
+
+
+def _pool(options: dict[str, Any]) -> Pool:
+    from raydiff.config import Pool
+
+    labels = options.pop("label") or []
+    for text in labels:
+        if not all(text.partition("=")):
+            raise ValueError(f"--label {text!r} is not KEY=VALUE, e.g. --label raydiff-pool=generate")
+    return Pool.model_validate(_given(options) | {"labels": dict(text.split("=", 1) for text in labels)})
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _no_options(options: dict[str, Any], wanted: str) -> None:
+    """Refuse options that would do nothing."""
+    if given := _given(options):
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} does nothing here: it takes {wanted}")
 
 
 def _numbers(text: str) -> list[int]:

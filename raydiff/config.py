@@ -14,7 +14,7 @@ import pkgutil
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -26,6 +26,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+T = TypeVar("T", bound=BaseModel)
 
 
 class ConfigError(ValueError):
@@ -299,6 +301,10 @@ class Run(Config):
         return self
 
 
+class _OnlyRewards(Config):
+    rewards: Rewards
+
+
 class Geometry(Config):
     """The numbers that follow from a run: size = micro × accumulation × workers, and the optimiser's steps on it."""
 
@@ -369,6 +375,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     return _validated(_with(tree, dict(_parse(item) for item in overrides)))
 
 
+def rewards(kinds: Mapping[str, str], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Rewards {name: kind} without a run, with overrides like `rewards.NAME.FIELD=value`. Raises ConfigError."""
+    tree = {"rewards": {name: {"kind": kind} for name, kind in kinds.items()}}
+    return dict(_validated(_with(tree, dict(_parse(item) for item in overrides)), _OnlyRewards).rewards.named)
+
+
 def override(run: Run, values: Mapping[str, Any]) -> Run:
     """The run with some dotted paths set anew, e.g. {"method.k": 2}; everything is validated again. Raises ConfigError."""
     return _validated(_with(run.model_dump(mode="json"), values))
@@ -387,9 +399,9 @@ def flat(run: Run) -> dict[str, Any]:
     return dict(walk("", run.model_dump(mode="json")))
 
 
-def _validated(tree: Mapping[str, Any]) -> Run:
+def _validated(tree: Mapping[str, Any], kind: type[T] = Run) -> T:  # type: ignore[assignment]
     try:
-        return Run.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_line(e) for e in error.errors(include_url=False))) from None
 

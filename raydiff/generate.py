@@ -6,10 +6,12 @@ A seed gives, bit for bit, the picture of the plain pipeline called with the sam
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from raydiff.models.base import ModelConfig
 from raydiff.models.stable_diffusion import load_pipeline
 
 COLUMNS = 8  # of the grid, when there is one prompt or one seed
+_OF_A_MODEL = {".safetensors", ".json", ".txt"}  # weights, configs, vocabulary
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,10 @@ class Adapter:
     def whole(self) -> bool:
         return not (Path(self.folder) / lora.WEIGHTS).exists() and (Path(self.folder) / "unet" / "config.json").exists()
 
+    def digest(self) -> str:
+        """SHA-256 of its weights."""
+        return _digest(Path(self.folder) / "unet") if self.whole else lora.digest(self.folder)
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -60,8 +67,10 @@ class Sample:
     image: Any  # PIL
 
 
-def check(adapters: Sequence[Adapter]) -> None:
-    """Raise, before a model is loaded, for an adapter that is not there and for a mixture that makes no sense."""
+def check(adapters: Sequence[Adapter], sampler: Sampler | None = None) -> None:
+    """Raise, before a model is loaded, for an adapter that is not there and for a mixture or a sampler that makes no sense."""
+    if sampler is not None and sampler.guidance < 1:
+        raise ValueError(f"guidance = {sampler.guidance} is below 1, where diffusers ignores it; 1 turns guidance off")
     for adapter in adapters:
         if not adapter.whole:
             lora.weights_file(adapter.folder)
@@ -99,8 +108,7 @@ def samples(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], sampler: Sa
 
     The kernels of another batch size may round a last bit differently; at batch 1 a picture depends on nothing else.
     """
-    if sampler.guidance < 1:
-        raise ValueError(f"guidance = {sampler.guidance} is below 1, where diffusers ignores it; 1 turns guidance off")
+    check((), sampler)
     pipe.scheduler = scheduler(pipe.scheduler.config, sampler)
     pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
     for start in range(0, len(pairs), batch):
@@ -122,29 +130,59 @@ def write(
 
     A PNG's text fields say what it was made from: prompt, seed, model, adapters, sampler.
     """
-    from PIL.PngImagePlugin import PngInfo
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    made_from = {
-        "model": model,
-        "adapters": [
-            {"folder": a.folder, "weight": a.weight, **({} if a.whole else {"sha256": lora.digest(a.folder)})} for a in adapters
-        ],
-        "sampler": sampler.model_dump(mode="json", exclude={"detach_negative"}),
-        "raydiff": __version__,
-    }
+    made_from = origin(model, sampler, adapters)
     written, index = [], []
     for i, sample in enumerate(drawn):
-        info = PngInfo()
-        for key, value in {"prompt": sample.prompt, "seed": sample.seed, **made_from}.items():
-            info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
-        name = f"{i:04d}_{_slug(sample.prompt)}_seed{sample.seed}.png"
-        sample.image.save(folder / name, pnginfo=info)
+        name = file_name(i, sample)
+        (folder / name).write_bytes(png(sample, made_from))
         written.append(sample)
         index.append({"file": name, "prompt": sample.prompt, "seed": sample.seed})
     (folder / "images.json").write_text(json.dumps({**made_from, "images": index}, indent=1, ensure_ascii=False))
     return pictures.save(_grid(written), folder / "grid.png")
+
+
+def origin(model: str, sampler: Sampler, adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """What pictures are made from, beside prompt and seed: what it takes to make them again."""
+    return {
+        "model": model,
+        "adapters": [{"folder": a.folder, "weight": a.weight, "sha256": a.digest()} for a in adapters],
+        "sampler": sampler.model_dump(mode="json", exclude={"detach_negative"}),
+        "raydiff": __version__,
+    }
+
+
+def file_name(i: int, sample: Sample) -> str:
+    return f"{i:04d}_{_slug(sample.prompt)}_seed{sample.seed}.png"
+
+
+def png(sample: Sample, made_from: Mapping[str, Any] | None = None) -> bytes:
+    """The picture as a PNG file, which says in text fields what it was made from, if that is given."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info, file = PngInfo(), io.BytesIO()
+    texts = {} if made_from is None else {"prompt": sample.prompt, "seed": sample.seed, **made_from}
+    for key, value in texts.items():
+        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
+    sample.image.save(file, "PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def model_digest(model: ModelConfig) -> str | None:
+    """SHA-256 over the files of a model that lies in a folder; None for a hub id, which its revision tells."""
+    folder = Path(getattr(model, "folder", str)())
+    return _digest(folder) if (folder / "model_index.json").is_file() else None
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of a folder's weights, configs and vocabularies."""
+    total = hashlib.sha256()
+    for file in sorted(f for f in folder.rglob("*") if f.suffix in _OF_A_MODEL):
+        total.update(file.relative_to(folder).as_posix().encode())
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
 
 
 def _grid(drawn: Sequence[Sample]) -> Any:

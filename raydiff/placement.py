@@ -32,6 +32,12 @@ class Claim:
     cpus: float
     gpus: float
     labels: Mapping[str, str]
+    options: bool = False  # its fields are options of a command, and not of a run file
+
+    def named(self, field: str) -> str:
+        """How a user sets one of its fields."""
+        option = {"labels": "label"}.get(field, field).replace("_", "-")
+        return f"--{option}" if self.options else f"pools.{self.pool}.{field}"
 
     def fits(self, node: Node) -> bool:
         return all(node.labels.get(key) == value for key, value in self.labels.items())
@@ -51,10 +57,10 @@ def claims(run: Run, nodes: Sequence[Node]) -> list[Claim]:
     return found
 
 
-def claim(name: str, pool: Pool, nodes: Sequence[Node], groups: int = 1) -> Claim:
+def claim(name: str, pool: Pool, nodes: Sequence[Node], groups: int = 1, options: bool = False) -> Claim:
     """One pool's claim: where the run leaves GPUs open, one for each replica on a cluster that has any."""
     gpus = float(any(node.gpus >= 1 for node in nodes)) if pool.num_gpus is None else pool.num_gpus
-    return Claim(name, pool.replicas * groups, pool.num_cpus, gpus, pool.labels)
+    return Claim(name, pool.replicas * groups, pool.num_cpus, gpus, pool.labels, options)
 
 
 def reward_groups(run: Run) -> list[dict[str, RewardConfig]]:
@@ -66,24 +72,28 @@ def reward_groups(run: Run) -> list[dict[str, RewardConfig]]:
 
 
 def faults(run: Run, nodes: Sequence[Node], where: str) -> list[str]:
-    """One line for each pool that has no room beside the others, with the sum and the field to change; [] when all fit."""
+    """One line for each pool of a run that has no room beside the others; [] when all fit."""
+    return no_room(claims(run, nodes), nodes, where)
+
+
+def no_room(claims: Sequence[Claim], nodes: Sequence[Node], where: str) -> list[str]:
+    """One line for each claim that has no room beside the others, with the sum and the field to change; [] when all fit."""
     free = [[node.cpus, node.gpus] for node in nodes]
     found = []
     # The choosy first: a pool without labels can go where the others leave room.
-    for claim in sorted(claims(run, nodes), key=lambda c: (not c.labels, -c.gpus, -c.cpus)):
+    for claim in sorted(claims, key=lambda c: (not c.labels, -c.gpus, -c.cpus)):
         able = [i for i, node in enumerate(nodes) if claim.fits(node)]
-        path = f"pools.{claim.pool}"
         if not able:
             there = sorted({f"{key}={value}" for node in nodes for key, value in node.labels.items() if key in claim.labels})
             found.append(
-                f"{path}.labels = {dict(claim.labels)}: no node of {where} carries them"
+                f"{claim.named('labels')} = {dict(claim.labels)}: no node of {where} carries them"
                 f"{'; there are ' + ', '.join(there) if there else ''}; start a node with them, or leave the labels empty"
             )
             continue
         before = [[free[i][kind] for i in able] for kind in (0, 1)]
         placed = sum(_place(claim, free, able) for _ in range(claim.replicas))
         if placed < claim.replicas:
-            found.append(_no_room(claim, placed, path, before[0], before[1], where))
+            found.append(_shortage(claim, placed, before[0], before[1], where))
     return found
 
 
@@ -98,16 +108,17 @@ def _place(claim: Claim, free: list[list[float]], able: list[int]) -> bool:
     return True
 
 
-def _no_room(claim: Claim, placed: int, path: str, cpus: list[float], gpus: list[float], where: str) -> str:
+def _shortage(claim: Claim, placed: int, cpus: list[float], gpus: list[float], where: str) -> str:
     need = f"{claim.replicas * claim.cpus:g} CPUs" + (f" and {claim.replicas * claim.gpus:g} GPUs" if claim.gpus else "")
     have = f"{sum(cpus):g} CPUs" + (f" and {sum(gpus):g} GPUs" if claim.gpus else "")
     if placed:
-        way_out = f"set {path}.replicas to {placed}"
+        way_out = f"set {claim.named('replicas')} to {placed}"
     elif claim.gpus > max(gpus):
-        way_out = f"set {path}.num_gpus to {max(gpus):g}"
+        way_out = f"set {claim.named('num_gpus')} to {max(gpus):g}"
     else:
-        way_out = f"set {path}.num_cpus to {max(cpus):g} or less" if max(cpus) > 0 else "use a larger machine"
+        way_out = f"set {claim.named('num_cpus')} to {max(cpus):g} or less" if max(cpus) > 0 else "use a larger machine"
+    pool = "the pool" if claim.options else f"pools.{claim.pool}"
     return (
-        f"{path}: {claim} = {need}; {where} has {have} left for it on {len(cpus)} node{'s' if len(cpus) > 1 else ''},"
+        f"{pool}: {claim} = {need}; {where} has {have} left for it on {len(cpus)} node{'s' if len(cpus) > 1 else ''},"
         f" room for {placed}: {way_out}, make the other pools smaller, or add nodes"
     )

@@ -6,7 +6,7 @@ Legend: B prompts, G attempts, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -223,7 +223,7 @@ class Session:
         """What later updates depend on beside weights and optimiser, as JSON; the same on every worker."""
         return {} if self.advantages is None else {"advantages": self.advantages.state()}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Take up what `state` gave. Raises KeyError when the method needs more than that."""
         if self.advantages is not None:
             self.advantages.restore(state["advantages"])

@@ -50,7 +50,7 @@ def test_help_takes_under_a_second_and_imports_nothing_heavy() -> None:
     def seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-m", "raydiff.cli", "--help"], capture_output=True, text=True, check=True)
-        assert all(command in done.stdout for command in ("train", "generate", "plan"))
+        assert all(command in done.stdout for command in ("train", "generate", "score", "plan"))
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime  # what a busy machine does not change
 
@@ -81,6 +81,23 @@ def test_help_takes_under_a_second_and_imports_nothing_heavy() -> None:
         (["generate", "a", "--to", "{folder}", "--steps", "0"], "steps: Input should be greater than or equal to 1 (got 0)"),
         (["generate", "a", "--to", "{folder}", "--spacing", "even"], "spacing: "),
         (["generate", "a", "--to", "{folder}", "--dtype", "int8"], "dtype: "),
+        (["generate", "a", "--to", "{folder}", "--replicas", "2"], "--replicas does nothing here: it takes --ray"),
+        (["generate", "a", "--to", "{folder}.parquet", "--device", "cpu"], "--device does nothing here: it takes --num-gpus"),
+        (
+            ["generate", "a", "--to", "{folder}.parquet", "--replicas", "0"],
+            "replicas: Input should be greater than or equal to 1",
+        ),
+        (["generate", "a", "--to", "{folder}.parquet", "--label", "gpu"], "--label 'gpu' is not KEY=VALUE"),
+        (
+            ["generate", "a", "--to", "{folder}.parquet", "--adapter", "{folder}"],
+            "there is no pytorch_lora_weights.safetensors",
+        ),
+        (["generate", "--prompts-file", "/nowhere.txt", "--ray"], "--prompts-file = '/nowhere.txt' is not a file"),
+        (["score", "x"], "either by --recipe RUN.toml or by --reward NAME=KIND"),
+        (["score", "x", "--reward", "clip"], "--reward 'clip' is not NAME=KIND"),
+        (["score", "x", "--reward", "a=clipp"], "kind = 'clipp' does not exist; did you mean 'clip'?"),
+        (["score", "x", "--reward", "a=colour", "rewards.a.bordr=1"], "unknown key 'bordr'; did you mean 'border'?"),
+        (["score", "/nowhere", "--reward", "a=colour"], "DATASET = '/nowhere': there is no Parquet file"),
     ],
 )
 def test_a_users_fault_is_one_plain_message(

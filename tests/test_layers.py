@@ -28,7 +28,10 @@ def modules(package: object) -> list[str]:
         (["raydiff.cli", "raydiff.cli_pairs"], HEAVY),
         (modules(raydiff.core), BESIDE_TORCH | {"pydantic"}),
         ([*modules(raydiff.methods), *modules(raydiff.rewards), *modules(raydiff.models)], BESIDE_TORCH),
-        ([*modules(raydiff.data), "raydiff.session", "raydiff.local", "raydiff.pictures"], BESIDE_TORCH),
+        (
+            [*modules(raydiff.data), *(f"raydiff.{m}" for m in ("session", "local", "pictures", "watch", "generate", "evaluate"))],
+            BESIDE_TORCH,
+        ),
     ],
     ids=["package", "config", "cli", "core", "plugins", "local"],
 )

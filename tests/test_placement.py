@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from raydiff import placement
-from raydiff.config import ConfigError, Run
+from raydiff.config import ConfigError, Pool, Run
 from raydiff.placement import Node
 
 Make = Callable[..., Run]
@@ -83,3 +83,18 @@ def test_a_pool_with_nothing_to_do_is_refused(tiny_run: Make) -> None:
     with pytest.raises(ConfigError, match="differentiates all 4 steps here"):
         tiny_run("draft_k", {"generation.where": "pool", "method.k": 4})
     tiny_run("draft_k", {"generation.where": "pool", "method.k": 3})
+
+
+def test_a_commands_pool_is_named_by_its_options() -> None:
+    node = Node(4, labels={"zone": "a"})
+    for pool, message in (
+        (
+            Pool(replicas=5),
+            "the pool: 5 × (1 CPUs) = 5 CPUs; the cluster has 4 CPUs left for it on 1 node, room for 4: set --replicas",
+        ),
+        (Pool(num_cpus=8), "set --num-cpus to 4 or less"),
+        (Pool(num_gpus=1), "set --num-gpus to 0"),
+        (Pool(labels={"zone": "b"}), "--label = {'zone': 'b'}: no node of the cluster carries them; there are zone=a"),
+    ):
+        (fault,) = placement.no_room([placement.claim("generate", pool, [node], options=True)], [node], "the cluster")
+        assert message in fault

@@ -167,3 +167,10 @@ def test_rendering_shows_figures_and_problems(tiny_run: Make) -> None:
     assert str(geometry(run)) in text
     assert "denoiser forward" in text
     assert "cannot work: pools.train: 2 × (1 CPUs)" in text
+
+
+def test_generators_that_can_never_all_work_are_told_of(tiny_run: Make) -> None:
+    pool = {"generation.where": "pool", "generation.max_staleness": 1, "pools.generate.replicas": 5}
+    (note,) = [n for n in plan(tiny_run("draft_k", pool), LAPTOP).notes if "generate" in n]
+    assert "an update is 2 micro-batches, and with generation.max_staleness = 1 at most 4 are under way" in note
+    assert not [n for n in plan(tiny_run("draft_k", {**pool, "batch.micro": 1}), LAPTOP).notes if "generate" in n]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -11,6 +14,8 @@ from torch import Tensor
 from raydiff import assets
 from raydiff.config import Prompts, Run
 from raydiff.core.denoise import mix
+
+_SOME = 4096  # prompts read at a time
 
 
 def read(source: str | tuple[str, ...], field: str) -> tuple[str, ...]:
@@ -30,6 +35,36 @@ def read(source: str | tuple[str, ...], field: str) -> tuple[str, ...]:
     if not prompts:
         raise ValueError(f"{field} = {source!r} holds no prompt")
     return prompts
+
+
+def stream(source: str, field: str) -> Iterator[list[str | None]]:
+    """Prompts of a .txt or .parquet file or URI, some thousands at a time. Empty ones of a Parquet file are kept, as rows are
+    counted; blank lines of a text file are none. Raises FileNotFoundError, or ValueError when there is no column `prompt`."""
+    from raydiff.data.files import locate, parquet_files
+
+    if source.rstrip("/").endswith(".parquet"):
+        import pyarrow.parquet as pq
+
+        from raydiff.data.images import PROMPT
+
+        system, files = parquet_files(source, field)
+        for file in files:
+            with system.open_input_file(file.path) as opened:
+                parquet = pq.ParquetFile(opened)
+                if PROMPT not in (names := parquet.schema_arrow.names):
+                    raise ValueError(
+                        f"{field}: {file.path} has no column {PROMPT!r}; there are {', '.join(names)}; rename yours"
+                    )
+                for batch in parquet.iter_batches(_SOME, columns=[PROMPT]):
+                    yield batch.column(0).to_pylist()
+        return
+    _, system, path = locate(source)
+    if not system.get_file_info(path).is_file:
+        raise FileNotFoundError(f"{field} = {source!r} is not a file; give a .txt or a .parquet")
+    with io.TextIOWrapper(system.open_input_stream(path), encoding="utf-8") as lines:
+        prompts = (line.strip() for line in lines)
+        while some := list(islice((p for p in prompts if p), _SOME)):
+            yield list(some)
 
 
 def read_both(config: Prompts) -> tuple[tuple[str, ...], tuple[str, ...]]:

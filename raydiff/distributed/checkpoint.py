@@ -44,7 +44,7 @@ MAY_CHANGE = (
 """Fields, or tables of them, that a resumed run may set anew: where and how it runs, not what it computes. The exception is
 train.updates, which a linear or cosine learning-rate schedule depends on."""
 
-_INDEX, _FORMAT = "checkpoint.json", 1
+_INDEX, _FORMAT = "checkpoint.json", 2
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Checkpoint:
     calls: Calls  # over all workers
     seconds: float
     history: list[dict[str, float]]  # the metrics of every update so far
+    state: Mapping[str, Any]  # Session.state()
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
         """kind: parameters, exp_avg, exp_avg_sq or ema. Raises FileNotFoundError."""
@@ -72,6 +73,7 @@ def save(
     calls: Calls,
     seconds: float,
     history: list[dict[str, float]],
+    state: Mapping[str, Any] | None = None,
 ) -> None:
     """Write one checkpoint, then delete all but the newest `train.keep_checkpoints`. `tensors` yields (kind, {name: tensor}).
 
@@ -89,7 +91,7 @@ def save(
             _INDEX,
             {
                 "format": _FORMAT, "next_step": next_step, "seconds": seconds, "calls": vars(calls), "files": sizes,
-                "run": run.model_dump(mode="json"), "history": history,
+                "run": run.model_dump(mode="json"), "history": history, "state": state or {},
             },
         )  # fmt: skip
     except OSError:
@@ -141,5 +143,5 @@ def read(folder: Folder) -> Checkpoint | None:
     if any(folder.size(file) != size for file, size in index["files"].items()):
         return None
     return Checkpoint(
-        folder, index["next_step"], index["run"], Calls(**index["calls"]), index["seconds"], index["history"]
+        folder, index["next_step"], index["run"], Calls(**index["calls"]), index["seconds"], index["history"], index["state"]
     )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import shlex
 import threading
@@ -14,7 +13,7 @@ from typing import Any
 
 from raydiff import placement
 from raydiff.config import ConfigError, Run, geometry
-from raydiff.distributed import checkpoint, learn, pipeline, score, tracking
+from raydiff.distributed import checkpoint, cluster, learn, pipeline, score, tracking
 from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.ranks import Refused
 from raydiff.distributed.score import Group
@@ -25,15 +24,7 @@ from raydiff.plan import cluster_nodes
 from raydiff.preflight import faults
 
 RUN = "run.json"
-_PATIENCE = 20.0  # seconds that an autoscaling cluster gets to show a node
 _POLL = 0.5  # seconds between looks at the board
-_ENVIRONMENT = {
-    "RAY_worker_niceness": "0",  # Ray's own 15 starves workers on a shared machine
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a recipe stay true on the workers
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "240",
-}
 
 
 @dataclass(frozen=True)
@@ -107,24 +98,9 @@ def preflight(run: Run) -> None:
 
 def connect(run: Run) -> bool:
     """Connect to Ray unless that is done, and check that the pools fit. Returns whether the workers use GPUs."""
-    import ray
-
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if not ray.is_initialized():
-        local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
-        ray.init(log_to_driver=False, logging_level="ERROR", **local)
-    check_fits(run)
+    cluster.start()
+    cluster.check_fits(lambda nodes: placement.faults(run, nodes, "the cluster"))
     return placement.claims(run, cluster_nodes())[0].gpus > 0
-
-
-def check_fits(run: Run, patience: float = _PATIENCE) -> None:
-    """Raise ConfigError, with the sums, when the cluster has no room for the run's pools, nor gets it in `patience` seconds."""
-    end = time.monotonic() + patience
-    while found := placement.faults(run, cluster_nodes(), "the cluster"):
-        if time.monotonic() > end or not os.environ.get("RAY_ADDRESS"):  # a local cluster does not grow
-            raise ConfigError("\n".join(found))
-        time.sleep(_POLL)
 
 
 def _pools(run: Run) -> dict[str, int]:

@@ -89,13 +89,12 @@ class Worker:
                 checkpoint.check_same_run(found.run, run)
                 kinds = ("parameters", "exp_avg", "exp_avg_sq", *(("ema",) if self.session.ema else ()))
                 saved = {kind: found.tensors(kind) for kind in kinds}
-        self.session.gather = ranks.gather
+        self.session.method, self.session.gather = AgreedLoss(run.method, ranks), ranks.gather
         with ranks.agreed():
             try:
                 self.session.prepare(self.encoding)
             except (ValueError, OSError) as error:  # the same on all: preparing agrees on it
                 raise ConfigError(str(error)) from error
-        self.session.method = AgreedLoss(run.method, ranks)
         self.engine = ZeroEngine(self.session, weights=saved.get("parameters"))
         if found:
             self.resume(found, saved)
@@ -108,6 +107,7 @@ class Worker:
             self.session.ema.updates = found.next_step
             for name, average in self.session.ema.average.items():
                 average.copy_(saved["ema"][name])
+        self.session.restore(found.state)
         if self.ranks.rank == 0:
             self.session.policy.calls = found.calls
             self.add(found.history, [])
@@ -204,6 +204,7 @@ class Worker:
                         calls=calls,
                         seconds=self.seconds,
                         history=self.history,
+                        state=self.session.state(),
                     )
             finally:
                 for _ in tensors:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pyarrow import fs as pafs
+
+from raydiff.data.files import locate
+
+DRAFT = ".draft"  # ending of files that are being written
+# Object stores show an object when it is whole; to move one would copy it.
+_ALL_AT_ONCE = tuple(
+    getattr(pafs, name) for name in ("S3FileSystem", "GcsFileSystem", "AzureFileSystem") if hasattr(pafs, name)
+)
 
 
 class StorageError(OSError):
@@ -18,11 +27,7 @@ class Folder:
     """A folder by path or URI. Paths inside are relative, with slashes; writing makes what is missing above."""
 
     def __init__(self, uri: str | Path) -> None:
-        self.uri = uri if isinstance(uri, str) and "://" in uri else str(Path(uri).expanduser().resolve())
-        if "://" in self.uri:
-            self.fs, self.root = pafs.FileSystem.from_uri(self.uri)
-        else:
-            self.fs, self.root = pafs.LocalFileSystem(), self.uri
+        self.uri, self.fs, self.root = locate(uri)
 
     def __truediv__(self, name: str) -> Folder:
         return Folder(f"{self.uri.rstrip('/')}/{name}")
@@ -49,6 +54,23 @@ class Folder:
         except OSError as error:
             raise self._failed(path, len(data), error) from error
 
+    def open(self, path: str) -> Any:
+        """A stream to write a large file to, in an existing folder or not."""
+        self.fs.create_dir(str(PurePosixPath(f"{self.root}/{path}").parent), recursive=True)
+        return self.fs.open_output_stream(f"{self.root}/{path}")
+
+    def publish(self, path: str, data: bytes) -> None:
+        """Write a file that is never seen half, even by who dies over it. Raises StorageError."""
+        if isinstance(self.fs, _ALL_AT_ONCE):
+            return self.write(path, data)
+        above, _, name = path.rpartition("/")
+        draft = f"{above}{'/' if above else ''}.{name}.{secrets.token_hex(4)}{DRAFT}"
+        self.write(draft, data)
+        try:
+            self.fs.move(f"{self.root}/{draft}", f"{self.root}/{path}")
+        except OSError as error:
+            raise self._failed(path, len(data), error) from error
+
     def write_json(self, path: str, value: Any) -> None:
         self.write(path, json.dumps(value, indent=1).encode())
 
@@ -70,6 +92,11 @@ class Folder:
         info = self.fs.get_file_info(f"{self.root}/{path}")
         return info.size if info.is_file else None
 
+    def files(self, path: str = "") -> list[str]:
+        """Names of the files right below `path`, sorted; [] when there is no such folder."""
+        found = self.fs.get_file_info(pafs.FileSelector(f"{self.root}/{path}".rstrip("/"), allow_not_found=True))
+        return sorted(info.base_name for info in found if info.is_file)
+
     def folders(self) -> list[str]:
         """Names of the folders right below, sorted."""
         found = self.fs.get_file_info(pafs.FileSelector(self.root, allow_not_found=True))
@@ -77,6 +104,15 @@ class Folder:
 
     def exists(self) -> bool:
         return self.fs.get_file_info(self.root).type == pafs.FileType.Directory
+
+    def is_file(self) -> bool:
+        return bool(self.fs.get_file_info(self.root).is_file)
+
+    def clear_drafts(self, path: str = "") -> None:
+        """Delete what dead writers left right below `path`."""
+        for name in self.files(path):
+            if name.endswith(DRAFT):
+                self.fs.delete_file(f"{self.root}/{path}/{name}")
 
     def delete(self, name: str) -> None:
         """Delete a folder below, if it is there."""

@@ -62,6 +62,7 @@ def plan(run: Run, machine: Machine) -> Plan:
     """Look at a run and at a machine, or at a cluster's resources. Loads no weights."""
     problems, notes = faults(run) + placement.faults(run, machine.nodes, machine.where), []
     claims = placement.claims(run, machine.nodes)
+    notes += _idle_generators(run)
 
     update, evaluation = count(run)
     evaluations = 1 + sum(s % run.evaluate.every == 0 or s == run.train.updates for s in range(1, run.train.updates + 1))
@@ -147,6 +148,19 @@ def model_folder(run: Run) -> Path | None:
     except ValueError:  # not the form of a hub id: preflight has said so
         return None
     return Path(str(found[0])).parents[1] if all(isinstance(f, str) for f in found) else None
+
+
+def _idle_generators(run: Run) -> list[str]:
+    """Generators that the staleness bound never lets work all at once."""
+    blocks = run.batch.size // run.batch.micro
+    most = blocks * (run.generation.max_staleness + 1)
+    if run.generation.where != "pool" or run.pools.generate.replicas <= most:
+        return []
+    return [
+        f"pools.generate.replicas = {run.pools.generate.replicas}: an update is {blocks} micro-batches, and with"
+        f" generation.max_staleness = {run.generation.max_staleness} at most {most} are under way; the other generators idle."
+        " Lower batch.micro, or allow more staleness"
+    ]
 
 
 def _too_big(run: Run, machine: Machine, memory: Memory, gpu: bool) -> list[str]:

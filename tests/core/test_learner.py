@@ -14,7 +14,7 @@ from raydiff.local import fit
 from raydiff.session import Session
 
 Make = Callable[..., Run]
-DDPO = {"sampler.eta": 1.0, "sampler.final_alpha": None, "batch.size": 4, "batch.micro": 1}
+DDPO = {"sampler.steps": 2, "sampler.eta": 1.0, "sampler.final_alpha": None, "batch.size": 4, "batch.micro": 1}
 TWICE = {**DDPO, "method.minibatches": 2, "method.inner_epochs": 3}
 
 

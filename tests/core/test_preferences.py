@@ -82,11 +82,11 @@ def test_the_minimum_is_the_reference_tilted_by_the_reward() -> None:
         inside = beta * (ratio(x) - ratio(y))
         loss = (wins * logistic_loss(inside) + (1 - wins) * logistic_loss(-inside)).mean()
         loss.backward()
-        return float(loss)
+        return loss.item()
 
     optimizer.step(closure)
-    assert float(mean) == pytest.approx(a / beta, abs=1e-4)
-    assert float(log_std) == pytest.approx(0.0, abs=1e-4)
+    assert mean.item() == pytest.approx(a / beta, abs=1e-4)
+    assert log_std.item() == pytest.approx(0.0, abs=1e-4)
 
 
 def test_logistic_loss_of_no_preference_is_log_2_and_far_ones_stay_finite() -> None:

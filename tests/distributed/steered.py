@@ -25,6 +25,8 @@ class Plugin(RewardConfig):
     """A file that does not exist yet: the call that makes it raises."""
     raise_for: str | None = None
     """A prompt whose reward always raises."""
+    die_for: str | None = None
+    """A prompt whose every call kills the worker."""
     nan_for: str | None = None
     """A prompt whose reward is NaN."""
 
@@ -40,6 +42,8 @@ class Plugin(RewardConfig):
             time.sleep(self.pause)
             calls += images.requires_grad
             if self.die_once and calls == self.die_at and first(Path(self.die_once)):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.die_for in prompts:
                 os.kill(os.getpid(), signal.SIGKILL)
             if (self.raise_once and first(Path(self.raise_once))) or self.raise_for in prompts:
                 raise RuntimeError("the judge is asleep")

@@ -122,6 +122,33 @@ def test_an_earlier_attempt_and_the_end_get_no_block(store: Callable[..., Weight
     asyncio.run(scenario())
 
 
+def test_status_is_rays_gauges_too(store: Callable[..., WeightStore], monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray.util.metrics
+
+    seen: dict[str, tuple[float, dict[str, str]]] = {}
+
+    class Gauge:
+        def __init__(self, name: str, tag_keys: tuple[str, ...]) -> None:
+            self.name = name
+
+        def set(self, value: float, tags: dict[str, str]) -> None:
+            seen[self.name] = (value, tags)
+
+    monkeypatch.setattr(ray.util.metrics, "Gauge", Gauge)
+
+    async def scenario() -> None:
+        gate = store()
+        await gate.open("one")
+        await gate.publish("one", 3, SMALL, 0)
+        await gate.report("generate", {"images": 4.0})
+        await gate.status()
+
+    asyncio.run(scenario())
+    assert seen["raydiff_pools_version"] == (3.0, {"run": "tiny"})
+    assert seen["raydiff_pools_generate_images"] == (4.0, {"run": "tiny"})
+    assert seen["raydiff_pools_bytes_published"] == (24.0, {"run": "tiny"})
+
+
 def test_digest_is_of_names_shapes_and_values() -> None:
     a = {"x": np.zeros((2, 3), np.float32), "y": np.ones(2, np.float32)}
     others = [

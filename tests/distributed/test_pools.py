@@ -1,5 +1,9 @@
 """Whole runs with pools: the same numbers as without, and what happens when a part of them dies, lies or fails."""
 
+import os
+import signal
+import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +18,7 @@ from raydiff.distributed.launch import Result, train
 from raydiff.distributed.storage import Folder
 from raydiff.distributed.weights import SyncError
 from raydiff.local import fit
+from tests.distributed.conftest import wait_for
 from tests.distributed.test_train import adapter, distance
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -28,7 +33,7 @@ def pooled(tiny_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFactor
     storage = str(tmp_path_factory.mktemp("storage"))
 
     def make(changes: dict[str, Any] | None = None, method: str = "draft_lv") -> Run:
-        base = tiny_run(
+        return tiny_run(
             method,
             {
                 "storage": storage,
@@ -42,9 +47,9 @@ def pooled(tiny_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFactor
                 "pools.generate": {"replicas": 2, "num_cpus": 0.5},
                 "pools.reward": {"replicas": 2, "num_cpus": 0.25},
                 **BOTH,
+                **(changes or {}),
             },
         )
-        return override(base, changes or {})
 
     return make
 
@@ -60,18 +65,14 @@ def history(result: Result) -> list[dict[str, float]]:
     return last.history
 
 
-def assert_equal_step_by_step(result: Result, reference: list[dict[str, float]], rel: float = 1e-5) -> None:
-    """The metrics of `reference`, at each step; counts of calls included."""
+def assert_equal_step_by_step(result: Result, reference: list[dict[str, float]], near_zero: float = 0.0) -> None:
+    """The metrics of `reference`, at each step; counts of calls included. Those that cancel out are equal to `near_zero`."""
     ours = history(result)
     assert [row["step"] for row in ours] == [row["step"] for row in reference]
     for mine, theirs in zip(ours, reference, strict=True):
         for name in theirs.keys() - {"seconds"}:
             if not name.startswith("pools/"):
-                assert mine[name] == pytest.approx(theirs[name], rel=rel), (theirs["step"], name)
-
-
-def steps_without(result: Result) -> list[float]:
-    return [row["step"] for row in history(result)]
+                assert mine[name] == pytest.approx(theirs[name], rel=1e-5, abs=near_zero), (theirs["step"], name)
 
 
 def test_pools_equal_fit(undisturbed: Result, pooled: MakeRun) -> None:
@@ -97,8 +98,9 @@ def test_metrics_of_the_pools(undisturbed: Result) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["draft_k", "refl"])
 def test_other_methods_and_one_generator_equal_fit(cluster: str, pooled: MakeRun, method: str) -> None:
-    run = pooled({"pools.generate.replicas": 1, "pools.reward.replicas": 1, "batch.micro": 2, "sampler.eta": 0.5}, method)
-    run = override(run, {"method.k": 2} if method == "draft_k" else {"method.last_steps": 3})
+    own = {"method.k": 2} if method == "draft_k" else {"method.last_steps": 3}
+    one = {"pools.generate.replicas": 1, "pools.reward.replicas": 1, "batch.micro": 2, "sampler.eta": 0.5}
+    run = pooled({**one, **own}, method)
     alone = list(fit(override(run, {"generation.where": "learner", "rewards.where": "learner"})))
     assert_equal_step_by_step(train(run), alone)
 
@@ -225,3 +227,56 @@ def test_reward_with_an_environment_of_its_own(cluster: str, pooled: MakeRun) ->
     own = {"kind": "tests.distributed.environment", "runtime_env": {"env_vars": {"RAYDIFF_TEST_ENVIRONMENT": "0.25"}}}
     result = train(pooled({"rewards.own": own, "pools.reward.replicas": 1, "generation.where": "learner"}))
     assert result.after["held_out/own"] == pytest.approx(0.25)
+
+
+TRAJECTORIES = {"sampler.eta": 1.0, "sampler.final_alpha": None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("ddpo", {**TRAJECTORIES, "method.attempts": 2, "method.inner_epochs": 2, "method.minibatches": 2}),
+        ("d3po", {**TRAJECTORIES, "method.preference": "total"}),
+        ("diffusion_dpo", {"batch.micro": 2}),
+    ],
+)
+def test_black_box_methods_equal_fit(cluster: str, pooled: MakeRun, method: str, changes: dict[str, Any]) -> None:
+    """Generators ship pictures, the reward pool scores them without gradients, the learner gets rows with rewards."""
+    run = pooled({**changes, "rewards.size": {"kind": "jpeg_size", "weight": 0.01}, "evaluate.rewards": {}}, method)
+    alone = {"generation.where": "learner", "rewards.where": "learner", "pools.train.replicas": 1}
+    # Mean advantages and log-ratios are 0 but for rounding.
+    assert_equal_step_by_step(train(run), list(fit(override(run, alone))), near_zero=1e-6)
+
+
+@pytest.mark.slow
+def test_killed_scorer_and_learner_change_nothing(cluster: str, pooled: MakeRun, tmp_path: Path) -> None:
+    """DDPO's advantages remember rewards of earlier updates, so this is also a test of what a checkpoint keeps."""
+    run = pooled({**TRAJECTORIES, "method.attempts": 2, "method.min_count": 1, "storage": str(tmp_path)}, "ddpo")
+    calm = history(train(run))
+    killed: list[str] = []
+
+    def found() -> list[Path]:
+        return list(tmp_path.glob("*/checkpoint_000001/checkpoint.json"))
+
+    def kill() -> None:
+        wait_for(lambda: next((p for p in found() if p.stat().st_mtime > started), None))
+        for name in ("MapBatches(Scorer)", "RayTrainWorker"):
+            killed.append(kill_one(name))
+            time.sleep(3)
+
+    started = time.time()
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    result = train(override(run, {"rewards.blue.pause": 0.5}))
+    thread.join()
+    assert len(killed) == 2
+    assert_equal_step_by_step(result, calm)
+
+
+def kill_one(name: str) -> str:
+    """Kill a process of this machine's Ray cluster by its title."""
+    lines = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    found = next(line for line in lines if name in line and "ray::" in line)
+    os.kill(int(found.split()[0]), signal.SIGKILL)
+    return found

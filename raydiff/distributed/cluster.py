@@ -1,0 +1,41 @@
+"""Connect to a Ray cluster, and wait until it has room."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+from raydiff.config import ConfigError
+from raydiff.placement import Node
+from raydiff.plan import cluster_nodes
+
+_PATIENCE = 20.0  # seconds that an autoscaling cluster gets to show a node
+_POLL = 0.5  # seconds between looks at it
+_ENVIRONMENT = {
+    "RAY_worker_niceness": "0",  # Ray's own 15 starves workers on a shared machine
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a recipe stay true on the workers
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "240",
+}
+
+
+def start() -> None:
+    """Connect to the cluster that RAY_ADDRESS names, or start a local one, unless that is done."""
+    import ray
+
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if not ray.is_initialized():
+        local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+        ray.init(log_to_driver=False, logging_level="ERROR", **local)
+
+
+def check_fits(faults: Callable[[list[Node]], list[str]], patience: float = _PATIENCE) -> None:
+    """Raise ConfigError, with `faults` of the nodes, when there are any and still are after `patience` seconds."""
+    end = time.monotonic() + patience
+    while found := faults(cluster_nodes()):
+        if time.monotonic() > end or not os.environ.get("RAY_ADDRESS"):  # a local cluster does not grow
+            raise ConfigError("\n".join(found))
+        time.sleep(_POLL)
