@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from raydiff import watch
 from raydiff.config import Run
 from raydiff.core.learner import TorchEngine
 from raydiff.session import Picture, Session, summary
@@ -16,27 +17,49 @@ from raydiff.session import Picture, Session, summary
 def fit(run: Run, *, device: torch.device | str = "cpu", folder: str | Path | None = None) -> Iterator[dict[str, float]]:
     """Train, yielding the metrics of each update, held-out rewards among them where the run evaluates.
 
-    The first dict has step 0 and no update: the held-out rewards of the untrained model. With `folder`, the trained weights
-    are exported there at the end. Workers and ZeRO stage play no role here; the batch is the same.
+    The first dict has step 0 and no update: the held-out rewards of the untrained model. A condition of `train.stop_when` that
+    holds makes that dict the last. With `folder`, the trained weights are exported there at the end, and the best so far, with
+    best.json, to `best_folder(folder)` beside it. Workers and ZeRO stage play no role here; the batch is the same.
+
+    Raises ConfigError for a metric of `train.stop_when` that the run does not measure.
     """
     session = Session(run, device)
     session.prepare()
     optimizer, scheduler = session.optimizer()
     engine = TorchEngine(optimizer, scheduler, session.geometry.step_accumulation, run.optimizer.max_grad_norm)
     start = time.perf_counter()
-    yield {"step": 0, **summary(evaluate(session))}
+    rows = [{"step": 0, **summary(evaluate(session))}]
+    watch.stopped(run, rows)
+    yield rows[0]
     for step in range(run.train.updates):
         metrics = session.update(engine, step)
         if session.ema:
             session.ema.update(session.model.trained())
         done = step + 1
         metrics |= {"grad_norm": engine.grad_norm, "seconds": time.perf_counter() - start, **vars(session.policy.calls)}
-        if done % run.evaluate.every == 0 or done == run.train.updates:
+        if watch.due(run, done):
             metrics |= summary(evaluate(session))
-        yield {"step": done, **metrics}
+        rows.append({"step": done, **metrics})
+        if folder is not None and (best := watch.improved(run, rows)):
+            export(session, best_folder(folder))
+            best.write(best_folder(folder))
+        reason = watch.stopped(run, rows)
+        yield rows[-1]
+        if reason:
+            break
     if folder is not None:
-        with session.averaged():
-            session.model.export(folder, session.model.trained())
+        export(session, folder)
+
+
+def export(session: Session, folder: str | Path) -> None:
+    """Write the weights that are evaluated."""
+    with session.averaged():
+        session.model.export(folder, session.model.trained())
+
+
+def best_folder(folder: str | Path) -> Path:
+    """Where the best weights go when the last ones go to `folder`."""
+    return Path(folder).with_name(f"{Path(folder).name}_best")
 
 
 def evaluate(session: Session) -> list[Picture]:

@@ -22,6 +22,7 @@ from raydiff.distributed.tracking import Board, Tracker
 from raydiff.distributed.weights import WeightStore
 from raydiff.plan import cluster_nodes
 from raydiff.preflight import faults
+from raydiff.watch import Best
 
 RUN = "run.json"
 _POLL = 0.5  # seconds between looks at the board
@@ -37,6 +38,9 @@ class Result:
     before: dict[str, float]  # held_out/* of the untrained model
     after: dict[str, float]
     grid: str | None  # PNG of held-out pictures before and after
+    best: Best | None  # the evaluation whose weights are in `adapter_best`
+    adapter_best: str | None
+    stopped_by: str | None  # the condition of train.stop_when that ended it
     mlflow_uri: str
     mlflow_run_id: str
 
@@ -62,13 +66,14 @@ def train(run: Run, *, resume: str | Path | None = None) -> Result:
             progress.say(f"waiting for {short}: other work holds them")
         board = _board(tracker, folder)
         store = _store(run, folder) if "pool" in (run.generation.where, run.rewards.where) else None
-        status = "FAILED"
+        status, tags = "FAILED", dict[str, str]()
         try:
             progress.waiting("loading rewards")
             rewards = score.start(run, cluster_nodes()) if run.rewards.where == "pool" else []
             progress.waiting("starting workers")
             outcome = _follow(_fit(run, folder, board, use_gpu, store, rewards), board, progress, store)
             status = "FINISHED" if "finished" in outcome else "KILLED" if "stopped" in outcome else "FAILED"
+            tags = _tags(outcome.get("finished", {}))
         except KeyboardInterrupt:
             status = "KILLED"
             raise
@@ -76,7 +81,7 @@ def train(run: Run, *, resume: str | Path | None = None) -> Result:
             error.add_note(f"Its checkpoints are in {folder}; --resume {folder.name} goes on after the newest.")
             raise
         finally:
-            _close(board, tracker, status, progress)
+            _close(board, tracker, status, tags, progress)
     if "refused" in outcome:
         raise Refused(*outcome["refused"]).error()
     if "stopped" in outcome:
@@ -133,13 +138,16 @@ def _resumed(run: Run, resume: str | Path) -> Folder:
         names = [name for name in Folder(run.storage).folders() if (Folder(run.storage) / name).size(RUN) is not None]
         there = f"; there are {', '.join(names[-5:])}" if names else ""
         raise ConfigError(f"resume = {text!r}: no run was started in {folder}{there}")
-    checkpoint.check_same_run(folder.read_json(RUN), run)
+    before = folder.read_json(RUN)
+    checkpoint.check_same_run(before, run)
     if folder.size(learn.FINISHED) is not None:
-        done = folder.read_json(learn.FINISHED)["updates"]
-        if done >= run.train.updates:
+        finished = folder.read_json(learn.FINISHED)
+        stopped = finished["stopped_by"] if run.train.stop_when == Run.model_validate(before).train.stop_when else None
+        if finished["updates"] >= run.train.updates or stopped:
+            way_out = f"It was stopped by {stopped}; another train.stop_when" if stopped else "A larger train.updates"
             raise ConfigError(
-                f"resume = {text!r}: this run is finished, {done} of {run.train.updates} updates; its weights are in"
-                f" {folder / learn.ADAPTER}. A larger train.updates continues it"
+                f"resume = {text!r}: this run is finished, {finished['updates']} of {run.train.updates} updates; its weights"
+                f" are in {folder / learn.ADAPTER}. {way_out} continues it"
             )
     return folder
 
@@ -235,13 +243,22 @@ def _follow(future: Future[dict[str, Any]], board: Any, progress: Progress, stor
             progress.say("stopping: this update, then a checkpoint; Ctrl-C again stops without one")
 
 
-def _close(board: Any, tracker: Tracker, status: str, progress: Progress) -> None:
+def _tags(finished: dict[str, Any]) -> dict[str, str]:
+    """What a finished run says of itself in MLflow."""
+    best, reason = finished.get("best"), finished.get("stopped_by")
+    return {
+        **({tracking.BEST_TAG: str(Best(**best))} if best else {}),
+        **({tracking.STOPPED_TAG: reason} if reason else {}),
+    }
+
+
+def _close(board: Any, tracker: Tracker, status: str, tags: dict[str, str], progress: Progress) -> None:
     """Log what is left. MLflow's faults are told and go no further."""
     import ray
 
     try:
         left = ray.get(board.flush.remote(), timeout=60)
-        tracker.finish(status)
+        tracker.finish(status, tags)
     except Exception as error:
         left = f"MLflow at {tracker.uri}: {error}"
     if left:
@@ -258,14 +275,21 @@ def _finished(run: Run, folder: Folder, tracker: Tracker, outcome: dict[str, Any
         before=outcome["before"],
         after=outcome["after"],
         grid=grid,
+        best=Best(**outcome["best"]) if outcome["best"] else None,
+        adapter_best=(folder / learn.BEST).uri if outcome["best"] else None,
+        stopped_by=outcome["stopped_by"],
         mlflow_uri=tracker.uri,
         mlflow_run_id=tracker.run_id,
     )
-    lines = [f"finished {run.train.updates} updates in {duration(outcome['seconds'])}"]
+    updates = folder.read_json(learn.FINISHED)["updates"]
+    lines = [f"finished {updates} updates in {duration(outcome['seconds'])}"]
+    if result.stopped_by:
+        lines[0] += f" of {run.train.updates}, stopped by {result.stopped_by}"
     for name, after in result.after.items():
         before = result.before.get(name)
         lines.append(f"{name:24} {'' if before is None else f'{before:.4f} -> '}{after:.4f}")
-    lines += [f"weights      {result.adapter}", f"pictures     {grid}" if grid else "", f"checkpoints  {result.folder}"]
+    lines += [f"weights      {result.adapter}", f"best         {result.adapter_best}: {result.best}" if result.best else ""]
+    lines += [f"pictures     {grid}" if grid else "", f"checkpoints  {result.folder}"]
     if run.tracking.uri is None:
         lines.append(f"metrics      mlflow ui --backend-store-uri {shlex.quote(tracker.uri)}")
     else:
