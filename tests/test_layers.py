@@ -29,7 +29,10 @@ def modules(package: object) -> list[str]:
         (modules(raydiff.core), BESIDE_TORCH | {"pydantic"}),
         ([*modules(raydiff.methods), *modules(raydiff.rewards), *modules(raydiff.models)], BESIDE_TORCH),
         (
-            [*modules(raydiff.data), *(f"raydiff.{m}" for m in ("session", "local", "pictures", "watch", "generate", "evaluate"))],
+            [
+                *modules(raydiff.data),
+                *(f"raydiff.{m}" for m in ("session", "local", "pictures", "watch", "generate", "evaluate")),
+            ],
             BESIDE_TORCH,
         ),
     ],
