@@ -6,14 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 import raydiff
 from raydiff.config import ConfigError, Run, load, override
+from raydiff.core.denoising import noised
 from raydiff.core.learner import TorchEngine
 from raydiff.core.rollouts import Rollouts
-from raydiff.data import pickapic
+from raydiff.data import feedback, pickapic, preferences
+from raydiff.data.prompts import slots
+from raydiff.models.lora import WEIGHTS
 from raydiff.placement import Node
 from raydiff.plan import Machine, plan
 from raydiff.plan.cost import Backward
@@ -63,6 +68,24 @@ def test_a_sample_is_a_micro_batch_of_labelled_pairs(labelled: Make) -> None:
     assert not torch.equal(batch.seeds, second.seeds)
     again = prepared(session.run).sample(0, 3)
     assert torch.equal(again.latents, parts[3].latents) and torch.equal(again.seeds, parts[3].seeds)
+
+
+def test_a_pair_that_comes_again_is_drawn_anew(labelled: Make) -> None:
+    """An epoch later the same pair has other seeds, and with them another posterior sample, step and noise."""
+    run = labelled(changes={"batch.size": 24, "batch.micro": 24})
+    session = prepared(run)
+    first, second = session.sample(0, 0), session.sample(1, 0)
+    order, later = ([row for row, _ in slots(run, 24, step)] for step in (0, 1))
+    second = second.select([later.index(row) for row in order])
+    assert first.prompts == second.prompts and torch.equal(first.total(), second.total())
+    assert not {*first.flat_seeds()} & {*second.flat_seeds()}
+    a, b = (
+        noised(session.policy, batch.at(4), batch.flat_prompts(), batch.loss_seeds(shared=True), 0.0)
+        for batch in (first, second)
+    )
+    moved = [(one - other).flatten(1).norm(dim=1) for one, other in ((first.at(4), second.at(4)), (a.target, b.target))]
+    assert all(float(m.min()) > 0 for m in moved)
+    assert int((a.time != b.time).sum()) > 40  # of 48; two draws of 1000 steps may agree
 
 
 def test_other_workers_share_the_same_update_and_resumption_changes_nothing(labelled: Make) -> None:
@@ -158,6 +181,34 @@ def test_fit_trains_from_a_shard_of_pickapic_to_an_adapter(tiny_run: Make, tmp_p
     assert [m["images"] for m in history[1:]] == [0, 0, 0] and history[-1]["reward_queries"] == 0
     assert history[-1]["held_out/total"] == 0
     assert (tmp_path / "adapter/pytorch_lora_weights.safetensors").is_file()
+
+
+def test_ai_feedback_and_labels_from_files_that_agree_train_the_same(tiny_run: Make, tmp_path: Path) -> None:
+    """The same pictures labelled by a reward, by people in a file of paths, and in Pick-a-Pic's columns: one adapter."""
+    base = tiny_run("diffusion_dpo", {"batch.size": 5, "batch.micro": 5, "evaluate.images": 2})
+    feedback.from_rewards(base, tmp_path / "ai", feedback.Labelling("all"), n=4)
+    rows = [row for file in preferences.files(tmp_path / "ai") for row in pq.read_table(file).to_pylist()]
+    assert len(rows) == 30 and {row["label"] for row in rows} == {0.0, 1.0}
+
+    people: dict[str, list[Any]] = {"prompt": [r["prompt"] for r in rows], "label": [r["label"] for r in rows]}
+    for side in (0, 1):
+        people[f"image_{side}"] = [f"{i}_{side}.png" for i in range(30)]
+        for row, name in zip(rows, people[f"image_{side}"], strict=True):
+            (tmp_path / name).write_bytes(row[f"image_{side}"])
+    pq.write_table(pa.table(people), tmp_path / "people.parquet")
+
+    shard = {f"jpg_{side}": [row[f"image_{side}"] for row in rows] for side in (0, 1)}
+    shard |= {"caption": people["prompt"], "label_0": people["label"], "label_1": [1 - label for label in people["label"]]}
+    pq.write_table(pa.table(shard), tmp_path / "shard.parquet")
+    pickapic.convert([tmp_path / "shard.parquet"], tmp_path / "converted")
+
+    results = []
+    for name in ("ai", "people.parquet", "converted"):
+        run = override(base, {"method.source": "dataset", "pairs.path": str(tmp_path / name)})
+        history = [(m["loss"], m["margin"], m["grad_norm"]) for m in raydiff.fit(run, folder=tmp_path / "adapter") if m["step"]]
+        results.append((history, (tmp_path / "adapter" / WEIGHTS).read_bytes()))
+    assert results[0] == results[1] == results[2]
+    assert results[0][0][0] != results[0][0][1]
 
 
 def test_rewards_of_a_labelled_run_are_only_evaluated(labelled: Make) -> None:
