@@ -17,7 +17,7 @@ from raydiff.distributed import checkpoint, cluster, learn, pipeline, score, tra
 from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.ranks import Refused
 from raydiff.distributed.score import Group
-from raydiff.distributed.storage import Folder, StorageError
+from raydiff.distributed.storage import PATIENCE, Folder, StorageError
 from raydiff.distributed.tracking import Board, Tracker
 from raydiff.distributed.weights import WeightStore
 from raydiff.plan import cluster_nodes
@@ -26,6 +26,7 @@ from raydiff.watch import Best
 
 RUN = "run.json"
 _POLL = 0.5  # seconds between looks at the board
+_LOOK = 5.0  # seconds between looks at the cluster's nodes
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def train(run: Run, *, resume: str | Path | None = None) -> Result:
             progress.waiting("loading rewards")
             rewards = score.start(run, cluster_nodes()) if run.rewards.where == "pool" else []
             progress.waiting("starting workers")
-            outcome = _follow(_fit(run, folder, board, use_gpu, store, rewards), board, progress, store)
+            outcome = _follow(run, _fit(run, folder, board, use_gpu, store, rewards), board, progress, store)
             status = "FINISHED" if "finished" in outcome else "KILLED" if "stopped" in outcome else "FAILED"
             tags = _tags(outcome.get("finished", {}))
         except KeyboardInterrupt:
@@ -127,13 +128,13 @@ def _not_free(run: Run) -> str:
 
 def _fresh(run: Run) -> Folder:
     name = f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    return Folder(run.storage) / name
+    return Folder(run.storage, PATIENCE) / name
 
 
 def _resumed(run: Run, resume: str | Path) -> Folder:
     """The folder of a started run, checked: it exists, is not finished, and was started with this config."""
     text = str(resume)
-    folder = Folder(text) if "/" in text else Folder(run.storage) / text
+    folder = Folder(text, PATIENCE) if "/" in text else Folder(run.storage, PATIENCE) / text
     if folder.size(RUN) is None:
         names = [name for name in Folder(run.storage).folders() if (Folder(run.storage) / name).size(RUN) is not None]
         there = f"; there are {', '.join(names[-5:])}" if names else ""
@@ -152,20 +153,26 @@ def _resumed(run: Run, resume: str | Path) -> Folder:
     return folder
 
 
-def _board(tracker: Tracker, folder: Folder) -> Any:
+def _here() -> dict[str, Any]:
+    """Options of an actor that lives beside the driver: a node of a pool may be taken away."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Board)
-    return actor.remote(tracker, folder.uri)
+    return {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
+
+
+def _board(tracker: Tracker, folder: Folder) -> Any:
+    import ray
+
+    return ray.remote(**_here())(Board).remote(tracker, folder.uri)
 
 
 def _store(run: Run, folder: Folder) -> Any:
     """The weight store, which only its handle finds. When it dies it comes back empty, and the workers start anew."""
     import ray
 
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(WeightStore)
+    actor = ray.remote(**_here(), max_task_retries=-1)(WeightStore)
     return actor.remote(folder.name, run.train.updates, pipeline.blocks(run), run.generation.max_staleness)
 
 
@@ -200,7 +207,7 @@ def _fit(run: Run, folder: Folder, board: Any, use_gpu: bool, store: Any, reward
             storage_path=folder.uri.rpartition("/")[0],
             failure_config=FailureConfig(max_failures=run.train.max_failures),
         ),
-        datasets={"train": pipeline.factory(run, store, rewards, nodes)} if streamed else None,
+        datasets={"train": pipeline.factory(run, store, rewards)} if streamed else None,
         dataset_config=pipeline.data_config(run, nodes) if streamed else None,
     )
     future: Future[dict[str, Any]] = Future()
@@ -215,11 +222,11 @@ def _fit(run: Run, folder: Folder, board: Any, use_gpu: bool, store: Any, reward
     return future
 
 
-def _follow(future: Future[dict[str, Any]], board: Any, progress: Progress, store: Any) -> dict[str, Any]:
+def _follow(run: Run, future: Future[dict[str, Any]], board: Any, progress: Progress, store: Any) -> dict[str, Any]:
     """Show the run until it ends. Ctrl-C asks for a last checkpoint; a second one does not wait for it."""
     import ray
 
-    place, stopping = 0, False
+    place, stopping, room = 0, False, Room(run)
     while True:
         try:
             ended = future.done()
@@ -232,6 +239,8 @@ def _follow(future: Future[dict[str, Any]], board: Any, progress: Progress, stor
                     progress.row(item)
             if store is not None and not ended:
                 progress.pools(ray.get(store.status.remote()))
+            if news := room.news():
+                progress.say(news)
             if ended:
                 return future.result()
             time.sleep(_POLL)
@@ -241,6 +250,23 @@ def _follow(future: Future[dict[str, Any]], board: Any, progress: Progress, stor
             stopping = True
             board.stop.remote()
             progress.say("stopping: this update, then a checkpoint; Ctrl-C again stops without one")
+
+
+class Room:
+    """Tells when the cluster has lost room for a pool, or has it again: a run that waits says for what."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.next, self.lacking = run, 0.0, list[str]()
+
+    def news(self) -> str | None:
+        """What has changed, looked up every few seconds."""
+        if time.monotonic() < self.next:
+            return None
+        self.next = time.monotonic() + _LOOK
+        before, self.lacking = self.lacking, placement.faults(self.run, cluster_nodes(), "the cluster")
+        if self.lacking == before:
+            return None
+        return "\n".join(["nodes were lost", *self.lacking]) if self.lacking else "all pools have room again"
 
 
 def _tags(finished: dict[str, Any]) -> dict[str, str]:

@@ -25,7 +25,7 @@ from raydiff.distributed.meter import Meter
 from raydiff.distributed.pipeline import Stream
 from raydiff.distributed.ranks import AgreedLoss, Ranks, Refused
 from raydiff.distributed.score import RewardClient
-from raydiff.distributed.storage import Folder
+from raydiff.distributed.storage import PATIENCE, Folder
 from raydiff.session import Picture, Session, summary
 from raydiff.watch import Best
 
@@ -52,7 +52,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
             torch.set_num_threads(max(1, int(run.pools.train.num_cpus)))
         groups, store = config["rewards"], config["store"]
         rewards = score.client(run, groups, store, ranks.rank, ranks.size) if groups else None
-        return Worker(run, device, ranks, Folder(config["folder"]), config["board"], store, rewards).train()
+        return Worker(run, device, ranks, Folder(config["folder"], PATIENCE), config["board"], store, rewards).train()
     except Refused as refusal:
         return {"refused": (refusal.kind, refusal.message)}
 
