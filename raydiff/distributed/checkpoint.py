@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "evaluate.batch",
     "evaluate.grid",
     "evaluate.rewards",
+    "pairs.cache",
     "evaluate.drift_images",
     "evaluate.clip",
 )

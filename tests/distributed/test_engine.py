@@ -54,6 +54,7 @@ def gradients(tiny_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Ca
     two = {f"{method}-{stage}": run(method, stage) for method, stages in STAGES.items() for stage in stages}
     full = {"model": {"kind": "stable_diffusion", "path": run("draft", 2).model.path, "train": "full"}}
     two |= {f"full-{stage}": run("draft_k", stage, **full) for stage in (0, 2)}
+    two |= {"full_dpo-3": run("diffusion_dpo", 3, **full)}  # whose reference is a frozen copy that DeepSpeed does not see
     one = {f"{method}-alone": run(method, 2) for method in METHODS}
     folder = tmp_path_factory.mktemp("parity")
     for world, runs in ((2, two), (1, one)):
@@ -71,7 +72,8 @@ def gradients(tiny_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Ca
         assert all(process.returncode == 0 for process in ranks), "\n".join(text[-4000:] for text in said)
         print(*(line for line in said[0].splitlines() if line.endswith(" s")), sep="\n")
         (folder / "rendezvous").unlink(missing_ok=True)
-    reference = {method: plain(two[f"{method}-2"]) for method in METHODS} | {"full": plain(two["full-0"])}
+    reference = {method: plain(two[f"{method}-2"]) for method in METHODS}
+    reference |= {"full": plain(two["full-0"]), "full_dpo": plain(two["full_dpo-3"])}
     return lambda name: reference[name] if name in reference else safetensors.torch.load_file(folder / f"{name}.safetensors")
 
 
@@ -81,7 +83,12 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return (difference / sum(float(t.double().square().sum()) for t in b.values())) ** 0.5
 
 
-CASES = [*((method, stage) for method, stages in STAGES.items() for stage in (*stages, "alone")), ("full", 0), ("full", 2)]
+CASES = [
+    *((method, stage) for method, stages in STAGES.items() for stage in (*stages, "alone")),
+    ("full", 0),
+    ("full", 2),
+    ("full_dpo", 3),
+]
 
 
 @pytest.mark.ray
