@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from raydiff import cli_pairs
+
 if TYPE_CHECKING:
     from raydiff.config import Pool, Run, Sampler
     from raydiff.generate import Adapter
@@ -24,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_pairs.app, name="pairs")
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A run file: TOML, or the run.json of an earlier run.")]
 Overrides = Annotated[

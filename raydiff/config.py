@@ -109,8 +109,6 @@ class Rewards(Config):
 
     @model_validator(mode="after")
     def _names(self) -> Self:
-        if not self.named:
-            raise ValueError('there is none; a reward is a table, [rewards.NAME] with kind = "..."')
         if "total" in self.named:
             raise ValueError("a reward cannot be named 'total', the name of the weighted sum; rename it")
         return self
@@ -174,6 +172,22 @@ class Prompts(Config):
     """Prompts to train on, drawn in shuffled passes."""
     held_out: str | tuple[str, ...] = "embedded"
     """Prompts for evaluation only; one that is in `train` too is refused."""
+
+
+class Pairs(Config):
+    """Labelled pairs of pictures, which `method.source = "dataset"` trains on in place of samples."""
+
+    path: str | None = None
+    """Parquet file, or folder of them, in the schema of raydiff.data.preferences; `raydiff pairs` makes one."""
+    max_bad_rows: int = Field(100, ge=0)
+    """Rows that may be left out, as a broken or too small picture, before training is refused; a file lists them."""
+    enlarge: bool = False
+    """Scale pictures up that are smaller than the model's, in place of leaving their rows out. Larger ones are always scaled
+    down, the shorter side to the model's size, and cut from the centre."""
+    flip: bool = False
+    """Mirror half of the pairs, both sides alike, drawn anew each time a pair comes; the cache of latents is twice as large."""
+    cache: str | None = None
+    """Folder for the latents, on a disk that every worker sees; None: `path` with ".latents" behind it."""
 
 
 class Sampler(Config):
@@ -328,7 +342,10 @@ class Run(Config):
     model: ModelField
     method: MethodField
     rewards: Rewards
+    """What training samples are scored by. With `method.source = "dataset"` labels decide, these are only evaluated, and there
+    may be none."""
     prompts: Prompts = Prompts()
+    pairs: Pairs = Pairs()
     sampler: Sampler = Sampler()
     generation: Generation = Generation()
     pools: Pools = Pools()
@@ -338,9 +355,19 @@ class Run(Config):
     evaluate: Evaluate = Evaluate()
     tracking: Tracking = Tracking()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rewards_where_needed(cls, data: Any) -> Any:
+        """A run on a dataset may leave the table out."""
+        method = data.get("method") if isinstance(data, Mapping) else None
+        labelled = isinstance(method, Mapping) and method.get("source") == "dataset"
+        return {"rewards": {}, **data} if labelled else data
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         geometry(self)
+        if not self.rewards.named and not self.method.labelled:
+            raise ValueError('rewards: there is none; a reward is a table, [rewards.NAME] with kind = "..."')
         if twice := self.rewards.named.keys() & self.evaluate.rewards.keys():
             raise ValueError(f"evaluate.rewards: {sorted(twice)} is trained on too; a held-out reward needs another name")
         measured = [f"held_out/{name}" for name in ("total", *self.rewards.named, *self.evaluate.rewards)]

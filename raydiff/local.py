@@ -24,6 +24,7 @@ def fit(run: Run, *, device: torch.device | str = "cpu", folder: str | Path | No
     Raises ConfigError for a metric of `train.stop_when` that the run does not measure.
     """
     session = Session(run, device)
+    session.prepare()
     optimizer, scheduler = session.optimizer()
     engine = TorchEngine(optimizer, scheduler, session.geometry.step_accumulation, run.optimizer.max_grad_norm)
     start = time.perf_counter()

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from raydiff.config import Run
+from raydiff.data.preferences import overview
 from raydiff.data.prompts import read_both
 
 
@@ -33,6 +34,11 @@ def faults(run: Run) -> list[str]:
         read_both(run.prompts)
     except (ValueError, OSError) as error:
         found.append(str(error) if str(error).startswith("prompts") else f"prompts: {error}")
+    if run.method.labelled:
+        try:
+            overview(str(run.pairs.path))
+        except (ValueError, OSError) as error:
+            found.append(str(error) if str(error).startswith("pairs") else f"pairs.path: {error}")
     if "://" not in run.storage and not _can_write(Path(run.storage)):
         found.append(f"storage = {run.storage!r}: cannot write there; give another folder")
     return found

@@ -24,7 +24,8 @@ from raydiff.core.log_prob import gaussian_log_prob
 from raydiff.core.policy import Calls, Policy, checked
 from raydiff.core.reward_vjp import Score, weighted_sum
 from raydiff.core.rollouts import Rollouts
-from raydiff.data.prompts import read_both, tickets
+from raydiff.data.latents import Latents, prepare
+from raydiff.data.prompts import read_both, slots, tickets
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Session:
     scores: Scores | None = None  # None: the rewards are built here
     gather: Gather = alone
     ema: Ema | None = field(init=False, default=None)
+    pairs: Latents | None = field(init=False, default=None)  # what a method trains on that samples nothing
     probes: dict[int, Probe] = field(init=False, default_factory=dict)  # by the batch of an evaluation
 
     def __post_init__(self) -> None:
@@ -113,6 +115,15 @@ class Session:
         if run.optimizer.ema is not None:
             self.ema = Ema(self.model.trained(), run.optimizer.ema)
 
+    def prepare(self, told: Callable[[int, int], None] = lambda done, pieces: None) -> None:
+        """Encode the labelled pairs, where the method trains on them and that is not done yet: collective, before any update.
+
+        `told` hears how many of the missing pieces are done. Raises PairsError or OSError.
+        """
+        if self.method.labelled:
+            config = self.run.pairs, self.model, self.run.evaluate.batch
+            self.pairs = prepare(*config, rank=self.rank, workers=self.workers, gather=self.gather, told=told)
+
     def wrap(self, denoiser: nn.Module) -> None:
         """Let losses and sampling call `denoiser`, an engine around the model's own."""
         self.policy.denoiser = self.judge.denoiser = denoiser
@@ -128,7 +139,7 @@ class Session:
         return adam, LambdaLR(adam, lambda step: learning_rate_factor(step, warmup=warmup, steps=steps, shape=o.schedule))
 
     def batches(self, step: int) -> Iterator[Rollouts]:
-        """This worker's micro-batches of an update, sampled with the current weights.
+        """This worker's micro-batches of an update, sampled with the current weights or read.
 
         Micro-batch m of an update goes to worker m mod workers, so the update's batch does not depend on their number.
         """
@@ -138,8 +149,10 @@ class Session:
     def sample(self, step: int, m: int) -> Rollouts:
         """Micro-batch m of an update, up to the last point the method keeps: G attempts for each of its prompts.
 
-        Prompts and seeds are a function of the run, `step` and `m`, whoever samples.
+        Prompts, or labelled pairs, and seeds are a function of the run, `step` and `m`, whoever samples.
         """
+        if self.method.labelled:
+            return self.read(step, m)
         run, attempts, size = self.run, self.method.attempts, self.run.batch.micro
         kept = self.kept(step)
         prompts, base = zip(*tickets(run, self.train_prompts, step)[m * size : (m + 1) * size], strict=True)
@@ -157,6 +170,18 @@ class Session:
         )  # fmt: skip
         log_probs = torch.stack(steps, 1).unflatten(0, seeds.shape) if steps else None
         return Rollouts(prompts, seeds, points.unflatten(0, seeds.shape), kept, log_probs=log_probs)
+
+    def read(self, step: int, m: int) -> Rollouts:
+        """Micro-batch m of an update of labelled pairs, as rollouts of two attempts that cost no sampling."""
+        assert self.pairs is not None, "call prepare() first"
+        size = self.run.batch.micro
+        rows, base = zip(*slots(self.run, len(self.pairs), step)[m * size : (m + 1) * size], strict=True)
+        seeds = torch.tensor([[mix(seed, side) for side in (0, 1)] for seed in base])
+        latents, labels, prompts = self.pairs.read(rows, seeds)
+        kept = (self.policy.schedule.steps,)
+        return Rollouts(
+            prompts, seeds, latents[:, :, None].to(self.model.device), kept, {"total": labels.to(self.model.device)}
+        )
 
     def kept(self, step: int) -> tuple[int, ...]:
         """The grid points that an update's samples keep: a function of the run and `step`."""

@@ -44,11 +44,18 @@ def test_every_recipe_parses_and_round_trips_through_json(path: Path, tmp_path: 
 
 def test_there_are_the_recipes_that_the_readme_names() -> None:
     assert {p.stem for p in RECIPES} >= {
+        "emoji_d3po",
+        "emoji_ddpo",
+        "emoji_dpo",
+        "emoji_dpo_ai_feedback",
         "emoji_draft",
         "emoji_draft_k",
         "emoji_draft_lv",
         "emoji_draft_lv_pools",
         "emoji_refl",
+        "sd15_d3po_aesthetic",
+        "sd15_dpo_full",
+        "sd15_dpo_pickapic",
         "sd15_draft_k_pickscore_pools",
         "sd15_draft_lv_aesthetic",
         "sd15_draft_lv_pools",

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import raydiff.core
+import raydiff.data
 import raydiff.methods
 import raydiff.models
 import raydiff.rewards
@@ -24,20 +25,13 @@ def modules(package: object) -> list[str]:
     [
         (["raydiff", "raydiff.assets"], HEAVY | {"pydantic"}),
         (["raydiff.config"], HEAVY),
-        (["raydiff.cli"], HEAVY),
+        (["raydiff.cli", "raydiff.cli_pairs"], HEAVY),
         (modules(raydiff.core), BESIDE_TORCH | {"pydantic"}),
         ([*modules(raydiff.methods), *modules(raydiff.rewards), *modules(raydiff.models)], BESIDE_TORCH),
         (
             [
-                "raydiff.data.prompts",
-                "raydiff.data.images",
-                "raydiff.data.files",
-                "raydiff.session",
-                "raydiff.local",
-                "raydiff.pictures",
-                "raydiff.watch",
-                "raydiff.generate",
-                "raydiff.evaluate",
+                *modules(raydiff.data),
+                *(f"raydiff.{m}" for m in ("session", "local", "pictures", "watch", "generate", "evaluate")),
             ],
             BESIDE_TORCH,
         ),

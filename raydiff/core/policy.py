@@ -25,6 +25,7 @@ class LatentModel(Protocol):
     denoiser: nn.Module  # the one module that an engine wraps
     device: torch.device
     latent_shape: tuple[int, int, int]  # C, h, w
+    picture_size: int  # H = W
 
     @property
     def has_reference(self) -> bool:
@@ -40,6 +41,12 @@ class LatentModel(Protocol):
 
     def encode(self, images: Tensor) -> Tensor:
         """(B,3,H,W) in [0,1] -> (B,C,h,w), the mean of the posterior."""
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,3,H,W) in [0,1] -> mean and standard deviation of the encoder's Gaussian, (B,C,h,w) each."""
+
+    def encoder_digest(self) -> str:
+        """SHA-256 of what `posterior` depends on."""
 
     def reference(self) -> AbstractContextManager[None]:
         """Inside, the denoiser has the weights from before training."""

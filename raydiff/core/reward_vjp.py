@@ -35,9 +35,11 @@ class RewardError(RuntimeError):
 
 
 def weighted_sum(rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> Score:
-    """Score whose total is Σ weight·reward; the parts are the rewards before weighting."""
+    """Score whose total is Σ weight·reward, 0 without any; the parts are the rewards before weighting."""
 
     def score(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Parts]:
+        if not rewards:
+            return images.new_zeros(len(prompts)), {}
         parts = {name: reward(images, prompts) for name, reward in rewards.items()}
         total = torch.stack([weights[name] * part for name, part in parts.items()]).sum(0)
         return total, {name: part.detach() for name, part in parts.items()}

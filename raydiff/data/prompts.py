@@ -76,19 +76,24 @@ def read_both(config: Prompts) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def tickets(run: Run, prompts: tuple[str, ...], step: int) -> list[tuple[str, int]]:
-    """(prompt, seed) of each of an update's `batch.size` slots: a function of run and step alone.
+    """(prompt, seed) of each of an update's `batch.size` slots."""
+    return [(prompts[row], seed) for row, seed in slots(run, len(prompts), step)]
 
-    Prompts come in shuffled passes; the seed belongs to the slot. Workers, pools, restarts and resumption change nothing.
+
+def slots(run: Run, n: int, step: int) -> list[tuple[int, int]]:
+    """(which of n prompts or pairs, seed) of each of an update's `batch.size` slots: a function of run and step alone.
+
+    They come in shuffled passes; the seed belongs to the slot. Workers, pools, restarts and resumption change nothing.
     """
 
-    def one(slot: int) -> tuple[str, int]:
-        epoch, place = divmod(slot, len(prompts))
-        return prompts[int(_order(len(prompts), mix(run.seed, 1, epoch))[place])], mix(run.seed, 2, slot)
+    def one(slot: int) -> tuple[int, int]:
+        epoch, place = divmod(slot, n)
+        return int(_order(n, mix(run.seed, 1, epoch))[place]), mix(run.seed, 2, slot)
 
     return [one(slot) for slot in range(step * run.batch.size, (step + 1) * run.batch.size)]
 
 
 @lru_cache(maxsize=2)
 def _order(n: int, seed: int) -> Tensor:
-    """One pass over n prompts."""
+    """One pass over n prompts or pairs."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))

@@ -43,6 +43,7 @@ MAY_CHANGE = (
     "evaluate.batch",
     "evaluate.grid",
     "evaluate.rewards",
+    "pairs.cache",
     "evaluate.drift_images",
     "evaluate.clip",
 )

@@ -96,6 +96,11 @@ class Worker:
                 if ranks.rank == 0 and watch.best(run, found.history):
                     self.best = found.tensors("best")
         self.session.method, self.session.gather = AgreedLoss(run.method, ranks), ranks.gather
+        with ranks.agreed():
+            try:
+                self.session.prepare(self.encoding)
+            except (ValueError, OSError) as error:  # the same on all: preparing agrees on it
+                raise ConfigError(str(error)) from error
         self.engine = ZeroEngine(self.session, weights=saved.get("parameters"))
         if found:
             self.resume(found, saved)
@@ -114,6 +119,10 @@ class Worker:
             self.add(found.history, [])
             self.board.tell.remote(f"continuing after update {found.next_step}")
         self.history, self.next_step, self.seconds_before = found.history, found.next_step, found.seconds
+
+    def encoding(self, done: int, pieces: int) -> None:
+        if self.ranks.rank == 0 and done == 0:
+            self.board.tell.remote(f"encoding the pairs of {self.run.pairs.path}: {pieces} pieces, once")
 
     def train(self) -> dict[str, Any]:
         train = self.run.train

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from raydiff.config import PluginConfig, Run
@@ -35,6 +37,11 @@ class Method(PluginConfig):
     @property
     def needs_rewards(self) -> bool:
         """Whether rollouts are scored before the loss, the rewards as black boxes; the clean end must be kept then."""
+        return False
+
+    @property
+    def labelled(self) -> bool:
+        """Whether it trains on the labelled pairs of `[pairs]`, and samples nothing."""
         return False
 
     @property
@@ -106,6 +113,40 @@ class CleanMethod(Method):
 
     def keep(self, steps: int, rng: torch.Generator) -> tuple[int, ...]:
         return (steps,)
+
+
+class PairMethod(CleanMethod):
+    """A method that can do with labelled pairs: rollouts of two attempts whose rewards are the label and its complement."""
+
+    source: Literal["rollouts", "dataset"] = "rollouts"
+    """Samples that the rewards compare, or the labelled pairs of `pairs.path`, two attempts each; an update then takes
+    `batch.size` pairs."""
+
+    @property
+    def labelled(self) -> bool:
+        return self.source == "dataset"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _two_sides(cls, data: Any) -> Any:
+        labelled = isinstance(data, Mapping) and data.get("source") == "dataset"
+        return {"attempts": 2, **data} if labelled else data
+
+    def check(self, run: Run) -> None:
+        super().check(run)
+        if self.labelled and run.pairs.path is None:
+            raise ValueError('pairs.path is not set, and method.source = "dataset" trains on it; `raydiff pairs` makes one')
+        if not self.labelled and run.pairs.path is not None:
+            raise ValueError(
+                f'pairs.path = {run.pairs.path!r} is used by nothing: set method.source to "dataset", or leave the path out'
+            )
+        if self.labelled and self.attempts != 2:
+            raise ValueError(f"method.attempts = {self.attempts}: a labelled pair has two sides; set it to 2, or leave it out")
+        if self.labelled and run.generation.where == "pool":
+            raise ValueError(
+                'generation.where = "pool": method.source = "dataset" samples nothing, which leaves a pool nothing to do;'
+                ' set generation.where to "learner"'
+            )
 
 
 class TrajectoryMethod(Method):

@@ -13,10 +13,10 @@ from raydiff.core.denoising import noised
 from raydiff.core.learner import Metrics
 from raydiff.core.policy import Policy
 from raydiff.core.rollouts import Rollouts
-from raydiff.methods.base import CleanMethod
+from raydiff.methods.base import PairMethod
 
 
-class Plugin(CleanMethod):
+class Plugin(PairMethod):
     """Denoising error of each prompt's best attempt: of the winner, where rollouts are a data set's labelled pairs."""
 
     kind: Literal["sft"] = "sft"

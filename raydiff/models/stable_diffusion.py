@@ -6,6 +6,7 @@ Legend: B images, C h w latent, H W pixels.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -127,6 +128,7 @@ class StableDiffusion:
         self.dtype: torch.dtype = pipe.vae.dtype
         config = pipe.unet.config
         self.latent_shape: tuple[int, int, int] = (config.in_channels, config.sample_size, config.sample_size)
+        self.picture_size: int = config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
         self._in_reference = False
 
     def schedule(self, steps: int, spacing: Any = None, final_alpha: float | None = None) -> Schedule:
@@ -155,10 +157,22 @@ class StableDiffusion:
         pixels = vae.decode(latents.to(self.dtype) / vae.config.scaling_factor, return_dict=False)[0]
         return _UnitClamp.apply(pixels.float() / 2 + 0.5)
 
-    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
+        return self.posterior(images)[0]
+
+    @torch.no_grad()
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        gaussian = self.pipe.vae.encode((images * 2 - 1).to(self.dtype)).latent_dist
+        scale = self.pipe.vae.config.scaling_factor
+        return gaussian.mean.float() * scale, gaussian.std.float() * scale
+
+    def encoder_digest(self) -> str:
         vae = self.pipe.vae
-        return vae.encode((images * 2 - 1).to(self.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
+        total = hashlib.sha256(f"{vae.config.scaling_factor} {self.dtype}".encode())
+        for name, tensor in [*vae.encoder.state_dict().items(), *vae.quant_conv.state_dict().items()]:
+            total.update(name.encode())
+            total.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        return total.hexdigest()
 
     @property
     def has_reference(self) -> bool:

@@ -26,6 +26,7 @@ def count(run: Run) -> tuple[Calls, Calls, Calls]:
     Where a method draws its point, the mean over the run's first updates.
     """
     session = Session(small(run, _Stub(), micro=1))
+    session.pairs = _Labels()  # type: ignore[assignment]
     updates = min(_DRAWS, run.train.updates)
     for step in range(updates):
         session.update(Backward(), step)
@@ -64,6 +65,7 @@ class _StubModel:
 
     device = torch.device("cpu")
     latent_shape = (1, 1, 1)
+    picture_size = 1
     has_reference = True
 
     def __init__(self) -> None:
@@ -82,12 +84,28 @@ class _StubModel:
     def encode(self, images: Tensor) -> Tensor:
         return images[:, :1]
 
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images[:, :1], torch.zeros_like(images[:, :1])
+
+    def encoder_digest(self) -> str:
+        return ""
+
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
         yield
 
     def trained(self) -> dict[str, nn.Parameter]:
         return dict(self.denoiser.named_parameters())
+
+
+class _Labels:
+    """Labelled pairs of one number."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def read(self, rows: Sequence[int], seeds: Tensor) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+        return torch.zeros(len(rows), 2, 1, 1, 1), torch.tensor([[1.0, 0.0]] * len(rows)), ("a",) * len(rows)
 
 
 class _Mean(RewardConfig):

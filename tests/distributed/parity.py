@@ -20,6 +20,7 @@ from torch import Tensor
 
 from raydiff.config import Run
 from raydiff.distributed.engine import ZeroEngine
+from raydiff.distributed.ranks import Ranks
 from raydiff.session import Session
 
 
@@ -35,7 +36,7 @@ def start_weights(session: Session) -> dict[str, Tensor]:
 def gradients(session: Session, engine: ZeroEngine, step: int = 0) -> dict[str, Tensor]:
     """One update, and its gradients before clipping."""
     found: dict[str, Tensor] = {}
-    for batch in session.batches(step):
+    for batch in session.ready(session.batches(step)):
         loss, _ = session.method.loss(session.policy, batch)
         engine.backward(loss)
         if engine.deepspeed.is_gradient_accumulation_boundary():
@@ -47,11 +48,12 @@ def gradients(session: Session, engine: ZeroEngine, step: int = 0) -> dict[str, 
 def plain(run: Run) -> dict[str, Tensor]:
     """The reference: torch alone, in one process."""
     session = Session(run)
+    session.prepare()
     with torch.no_grad():
         weights = start_weights(session)
         for name, p in session.model.trained().items():
             p.copy_(weights[name])
-    for batch in session.batches(0):
+    for batch in session.ready(session.batches(0)):
         loss, _ = session.method.loss(session.policy, batch)
         (loss / session.geometry.accumulation).backward()
     return {name: p.grad for name, p in session.model.trained().items() if p.grad is not None}
@@ -95,7 +97,8 @@ def main(rank: int, world: int, jobs: Path, folder: Path) -> None:
     for name, job in json.loads(jobs.read_text()).items():
         start = time.perf_counter()
         run = Run.model_validate(job["run"])
-        session = Session(run, "cpu", rank, world)
+        session = Session(run, "cpu", rank, world, gather=Ranks().gather)
+        session.prepare()
         engine = ZeroEngine(session, weights=start_weights(session), persistence_threshold=0)
         found = gradients(session, engine)
         found["norm"] = torch.tensor(engine.grad_norm)

@@ -1,0 +1,133 @@
+"""`raydiff pairs`: datasets of labelled pairs for methods with source = "dataset"."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="Make datasets of labelled pairs, and encode them before training.", no_args_is_help=True)
+
+To = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the pairs go; the same command goes on with it.")]
+MaxBadRows = Annotated[int, typer.Option(min=0, help="Rows that may be left out before it stops.")]
+Margin = Annotated[float, typer.Option(min=0, help="Rewards that differ by no more are a tie; ties are dropped.")]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A run file: TOML, or the run.json of an earlier run.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="PATH=VALUE...", help="Fields to set anew.")]
+Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one.")]
+
+
+class Ties(StrEnum):
+    drop = "drop"
+    keep = "keep"
+
+
+class Which(StrEnum):
+    best_worst = "best_worst"
+    all = "all"
+
+
+class Rule(StrEnum):
+    total = "total"
+    pareto = "pareto"
+
+
+Pairs = Annotated[Which, typer.Option(help="A prompt's best picture against its worst, or each two.")]
+Rules = Annotated[Rule, typer.Option(help="The larger number wins; or no reward smaller and one larger, else a tie.")]
+
+
+@app.command()
+def from_pickapic(
+    shards: Annotated[list[Path], typer.Argument(metavar="SHARDS...", help="Pick-a-Pic's Parquet files, or folders of them.")],
+    to: To = Path("pairs.parquet"),
+    ties: Annotated[Ties, typer.Option(help="Ties are dropped, or kept with label 0.5; training leaves them out.")] = Ties.drop,
+    rows_per_file: Annotated[int, typer.Option(min=1, help="Rows of a shard that make a file.")] = 2048,
+    max_bad_rows: MaxBadRows = 100,
+) -> None:
+    """Convert Pick-a-Pic's own shards, a few rows at a time."""
+    from raydiff.data.pickapic import convert
+
+    typer.echo(convert(shards, to, ties=ties.value, rows_per_file=rows_per_file, max_bad_rows=max_bad_rows))
+
+
+@app.command()
+def from_scores(
+    scored: Annotated[Path, typer.Argument(metavar="SCORED", help="Parquet of scored pictures, as `raydiff score` leaves it.")],
+    to: To = Path("pairs.parquet"),
+    reward: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Reward that labels; several with pareto.")] = None,
+    pairs: Pairs = Which.best_worst,
+    rule: Rules = Rule.total,
+    min_margin: Margin = 0.0,
+    max_bad_rows: MaxBadRows = 100,
+) -> None:
+    """Pair pictures of the same prompt by their rewards."""
+    from raydiff.data import feedback
+
+    labelling = feedback.Labelling(pairs.value, rule.value, min_margin)
+    typer.echo(feedback.from_scores(scored, to, reward or [], labelling, max_bad_rows=max_bad_rows))
+
+
+@app.command()
+def from_rewards(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    to: To = Path("pairs.parquet"),
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="FOLDER[:WEIGHT]", help="May be repeated: the weighted adapters are summed.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", "-n", min=2, help="Pictures of each prompt.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of each prompt's first picture; the next ones count up.")] = 0,
+    pairs: Pairs = Which.best_worst,
+    rule: Rules = Rule.total,
+    min_margin: Margin = 0.0,
+    max_bad_rows: MaxBadRows = 100,
+    device: Device = None,
+) -> None:
+    """AI feedback: draw the recipe's training prompts with its model, and label by its rewards.
+
+    In this process. On a cluster: `raydiff generate --to x.parquet`, `raydiff score`, then `raydiff pairs from-scores`.
+    """
+    from raydiff.config import load
+
+    run = load(recipe, overrides or ())
+
+    from raydiff.data import feedback
+    from raydiff.generate import Adapter
+
+    labelling = feedback.Labelling(pairs.value, rule.value, min_margin)
+    adapters = [Adapter.parse(text) for text in adapter or []]
+    options: dict[str, Any] = {"adapters": adapters, "n": n, "seed": seed, "max_bad_rows": max_bad_rows}
+    typer.echo(feedback.from_rewards(run, to, labelling, device=device or _device(), **options))
+
+
+@app.command()
+def encode(recipe: RecipeFile, overrides: Overrides = None, device: Device = None) -> None:
+    """Encode a recipe's pairs into latents ahead of training, which otherwise does so when it starts."""
+    from raydiff.config import load
+    from raydiff.preflight import faults
+
+    run = load(recipe, overrides or ())
+    if not run.method.labelled:
+        raise ValueError('method.source is not "dataset": this run trains on no pairs')
+    if found := faults(run):
+        raise ValueError("\n".join(found))
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from raydiff.data.latents import prepare
+
+    model = run.model.build(device or _device())
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("encoding", total=None)
+        latents = prepare(
+            run.pairs, model, run.evaluate.batch, told=lambda done, pieces: progress.update(bar, completed=done, total=pieces)
+        )
+    typer.echo(f"{latents.folder}: {len(latents)} pairs")
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,53 @@
+"""Labelled pairs on Ray: workers share the encoding, and a killed one changes nothing."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+
+from raydiff.config import ConfigError, Run, override
+from raydiff.data import latents
+from raydiff.distributed import checkpoint
+from raydiff.distributed.launch import train
+from raydiff.distributed.storage import Folder
+from raydiff.local import fit
+from raydiff.models.lora import WEIGHTS
+from tests.data import shards
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+
+def test_a_killed_run_on_pairs_is_fit(cluster: str, ray_run: Callable[..., Run], tmp_path: Path) -> None:
+    """Two workers encode and train; one is killed while it evaluates, after the encoding. `fit` has a cache of its own."""
+    file = shards.pairs(tmp_path / "p.parquet", 2 * latents._ROWS)
+    run = ray_run(
+        {
+            "method": {"kind": "diffusion_dpo", "source": "dataset", "beta": 500},
+            "pairs.path": str(file),
+            "rewards.blue.die_at": 0,
+            "evaluate.clip": None,
+            "storage": str(tmp_path / "runs"),
+        }
+    )
+    alone = list(fit(override(run, {"pairs.cache": str(tmp_path / "alone")}), folder=tmp_path / "adapter"))
+    result = train(override(run, {"rewards.blue.die_once": str(tmp_path / "died")}))
+    assert (tmp_path / "died").exists()
+    (cache,) = Path(f"{file}.latents").iterdir()
+    assert len(list(cache.glob("*.f32"))) == 2
+    last = checkpoint.latest(Folder(result.folder))
+    assert last is not None
+    for ours, theirs in zip(last.history, alone, strict=True):
+        for name in theirs.keys() - {"seconds"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), (theirs["step"], name)
+    ours, theirs = (safetensors.torch.load_file(Path(place) / "adapter" / WEIGHTS) for place in (result.folder, tmp_path))
+    error = max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
+    print(f"pairs on two workers and fit: adapter {error:.1e} absolute")
+    assert error < 1e-5
+
+
+def test_pairs_that_cannot_be_encoded_end_the_run(cluster: str, ray_run: Callable[..., Run], tmp_path: Path) -> None:
+    file = shards.pairs(tmp_path / "p.parquet", 4, size=(8, 8))
+    method = {"kind": "sft", "source": "dataset"}
+    with pytest.raises(ConfigError, match=r"no pair can be used; .*bad_rows.jsonl says why"):
+        train(ray_run({"method": method, "pairs.path": str(file), "storage": str(tmp_path / "runs")}))
