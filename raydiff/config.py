@@ -339,7 +339,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     path = Path(path)
     try:
         text = path.read_text()
-        tree = json.loads(text) if path.suffix == ".json" else _with_none(tomllib.loads(text))
+        tree = json.loads(text) if path.suffix == ".json" else with_none(tomllib.loads(text))
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.toml"))
         raise ConfigError(f"recipe {str(path)!r} does not exist{_nearest(path.name, near)}") from None
@@ -392,14 +392,15 @@ def _parse(item: str) -> tuple[str, Any]:
     if not equals or not path:
         raise ConfigError(f"override {item!r} is not path=value, e.g. method.k=2")
     try:
-        return path.strip(), _with_none(tomllib.loads(f"v = {text}")["v"])
+        return path.strip(), with_none(tomllib.loads(f"v = {text}")["v"])
     except tomllib.TOMLDecodeError:
         return path.strip(), None if text == "none" else text
 
 
-def _with_none(value: Any) -> Any:
+def with_none(value: Any) -> Any:
+    """A TOML value in which the word "none" is None."""
     if isinstance(value, dict):
-        return {key: _with_none(inner) for key, inner in value.items()}
+        return {key: with_none(inner) for key, inner in value.items()}
     return None if value == "none" else value
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,17 +14,31 @@ from raydiff.core.learner import TorchEngine
 from raydiff.session import Picture, Session, summary
 
 
-def fit(run: Run, *, device: torch.device | str = "cpu", folder: str | Path | None = None) -> Iterator[dict[str, float]]:
+def fit(
+    run: Run,
+    *,
+    device: torch.device | str = "cpu",
+    folder: str | Path | None = None,
+    show: Callable[[int, list[Picture]], Any] | None = None,
+) -> Iterator[dict[str, float]]:
     """Train, yielding the metrics of each update, held-out rewards among them where the run evaluates.
 
     The first dict has step 0 and no update: the held-out rewards of the untrained model. With `folder`, the trained weights
-    are exported there at the end. Workers and ZeRO stage play no role here; the batch is the same.
+    are exported there at the end. `show` gets each evaluation's pictures, with the updates done before it. Workers and ZeRO
+    stage play no role here; the batch is the same.
     """
     session = Session(run, device)
     optimizer, scheduler = session.optimizer()
     engine = TorchEngine(optimizer, scheduler, session.geometry.step_accumulation, run.optimizer.max_grad_norm)
     start = time.perf_counter()
-    yield {"step": 0, **summary(evaluate(session))}
+
+    def evaluated(done: int) -> dict[str, float]:
+        pictures = evaluate(session)
+        if show:
+            show(done, pictures)
+        return summary(pictures)
+
+    yield {"step": 0, **evaluated(0), "seconds": time.perf_counter() - start}
     for step in range(run.train.updates):
         metrics = session.update(engine, step)
         if session.ema:
@@ -31,7 +46,7 @@ def fit(run: Run, *, device: torch.device | str = "cpu", folder: str | Path | No
         done = step + 1
         metrics |= {"grad_norm": engine.grad_norm, "seconds": time.perf_counter() - start, **vars(session.policy.calls)}
         if done % run.evaluate.every == 0 or done == run.train.updates:
-            metrics |= summary(evaluate(session))
+            metrics |= evaluated(done)
         yield {"step": done, **metrics}
     if folder is not None:
         with session.averaged():

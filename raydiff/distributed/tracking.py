@@ -12,6 +12,7 @@ import queue
 import tempfile
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,18 @@ def uri(run: Run) -> str:
 
 def prepare(run: Run) -> str:
     """Open the tracking store, the first time for seconds as SQLite's tables are made. Returns the experiment's id."""
-    client = _client(uri(run))
-    experiment = client.get_experiment_by_name(run.tracking.experiment)
-    if experiment is not None:
-        return str(experiment.experiment_id)
+    return experiment(uri(run), run.tracking.experiment, Folder(run.storage))
+
+
+def experiment(uri: str, name: str, folder: Folder) -> str:
+    """The id of the experiment of this name, made if need be; its artifacts go to the server, or below `folder`."""
+    client = _client(uri)
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
     # A server has a place for artifacts; MLflow's own without one is the folder where the driver happens to run.
-    server = uri(run).startswith(("http:", "https:", "databricks"))
-    place = None if server else (Folder(run.storage) / "mlartifacts" / run.tracking.experiment).uri
-    return str(client.create_experiment(run.tracking.experiment, artifact_location=place))
+    server = uri.startswith(("http:", "https:", "databricks"))
+    return str(client.create_experiment(name, artifact_location=None if server else (folder / "mlartifacts" / name).uri))
 
 
 def start(run: Run, experiment_id: str, name: str, folder: Folder) -> Tracker:
@@ -99,6 +104,48 @@ def start(run: Run, experiment_id: str, name: str, folder: Folder) -> Tracker:
     tracker = Tracker(uri(run), run_id)
     tracker.file(folder, "run.json")
     return tracker
+
+
+def summary_run(
+    uri: str, experiment_id: str, name: str, *, metrics: Mapping[str, float], files: Sequence[Path], params: Mapping[str, Any]
+) -> Tracker:
+    """The finished MLflow run of this name, made or brought up to date, with local files as artifacts."""
+    from mlflow.entities import Metric, Param
+
+    client, now = _client(uri), int(time.time() * 1000)
+    found = client.search_runs([experiment_id], f"tags.`{NAME_TAG}` = '{name}'", max_results=1)
+    run_id = (found[0] if found else client.create_run(experiment_id, tags={NAME_TAG: name}, run_name=name)).info.run_id
+    logged = [Metric(metric, value, now, 0) for metric, value in metrics.items()]
+    for i in range(0, len(logged), _AT_ONCE):
+        client.log_batch(run_id, metrics=logged[i : i + _AT_ONCE])
+    if not found:
+        client.log_batch(run_id, params=[Param(key, parameter(value)) for key, value in params.items()])
+    for file in files:
+        client.log_artifact(run_id, str(file))
+    client.set_terminated(run_id, "FINISHED")
+    return Tracker(uri, run_id)
+
+
+def of_comparison(folder: Path, files: Sequence[Path]) -> Tracker:
+    """The MLflow run of a `raydiff bench` folder, in a SQLite file there: the report's files and records, and what each method
+    paid."""
+    place = f"sqlite:///{folder.resolve()}/mlflow.db"
+    found = json.loads((folder / "results.json").read_text())
+    metrics = {
+        f"{task}/{method}/queries_to_{price['threshold']:g}": price["queries"]["value"]
+        for task, methods in found["tasks"].items()
+        for method, result in methods.items()
+        for price in result["prices"]
+        if price["queries"]["value"] is not None
+    }
+    return summary_run(
+        place,
+        experiment(place, "raydiff-bench", Folder(folder)),
+        folder.resolve().name,
+        metrics=metrics,
+        files=[*files, *sorted((folder / "runs").glob("*.json"))],
+        params={name: found[name] for name in ("machine", "date", "seeds")},
+    )
 
 
 def parameter(value: Any) -> str:
