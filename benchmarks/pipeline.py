@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from raydiff import placement
 from raydiff.config import Run, override
 from raydiff.core.rollouts import Rollouts
 from raydiff.distributed import pipeline, rows, weights
 from raydiff.distributed.generate import Generator
 from raydiff.distributed.weights import WeightStore
+from raydiff.plan import cluster_nodes
 
 RUN = Run.model_validate(
     {
@@ -91,12 +91,12 @@ def simulate(
     """
     import ray
 
-    nodes, blocks, workers = [placement.Node(1e6, 0)], pipeline.blocks(run), run.pools.train.replicas
+    blocks, workers = pipeline.blocks(run), run.pools.train.replicas
     store = ray.remote(num_cpus=0)(WeightStore).remote(run.name, run.train.updates, blocks, run.generation.max_staleness)
     environment = {"SAMPLE_SECONDS": str(sample), **(environment or {})}
-    data = pipeline.factory(run, store, [], nodes, generator=Simulated, runtime_env={"env_vars": environment})()
-    shards = pipeline.data_config(run, nodes).configure({"train": data}, workers, None, None)
-    attempt, seen, failures = ray.get(store.current.remote()), Seen(), []
+    data = pipeline.factory(run, store, [], generator=Simulated, runtime_env={"env_vars": environment})()
+    shards = pipeline.data_config(run, cluster_nodes()).configure({"train": data}, workers, None, None)
+    (attempt, _), seen, failures = ray.get(store.current.remote()), Seen(), []
     ray.get(store.publish.remote(attempt, 0, adapter, 0))
 
     def publish(version: int) -> None:
@@ -186,7 +186,7 @@ def publication(times: int = 20) -> float:
     import ray
 
     store = ray.remote(num_cpus=0)(WeightStore).remote("publish", times, 4, 1)
-    ray.get(store.open.remote("a"))
+    ray.get(store.open.remote("a", 1))
     spent = []
     for version in range(times):
         start = time.monotonic()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import sys
 import time
@@ -213,6 +215,55 @@ def bench(
 
 
 @app.command()
+def evaluate(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    adapter: Annotated[str, typer.Option(metavar="DIR[:WEIGHT]", help="An exported adapter, or a run's folder.")] = "",
+    against: Annotated[str, typer.Option(metavar="base|DIR[:WEIGHT]", help="What it has to beat.")] = "base",
+    prompts_file: Annotated[Path | None, typer.Option(help="In place of the held-out prompts: .txt or .parquet.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Pictures of each side.")] = 64,
+    per_prompt: Annotated[int, typer.Option(min=1, help="Of these, pictures of one prompt.")] = 4,
+    reward: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=KIND", help="One more reward to judge by; may be repeated.")
+    ] = None,
+    resamples: Annotated[int, typer.Option(min=1, help="Bootstrap resamples of the prompts, for the intervals.")] = 10_000,
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="Where evaluation.json and grid.png go.")] = Path("evaluation"),
+    mlflow: Annotated[bool | None, typer.Option(help="Log to MLflow too; default: where it is installed.")] = None,
+    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
+) -> None:
+    """Win rates of an adapter on held-out prompts against the base model or another adapter, for each reward of a recipe."""
+    from raydiff.config import load
+
+    if not adapter:
+        raise ValueError("--adapter is missing: give the folder of an exported adapter, or of a run")
+    extra = [f"prompts.held_out={json.dumps(str(prompts_file))}"] if prompts_file else []
+    judged = [f"evaluate.rewards.{name}.kind={json.dumps(kind)}" for name, kind in _kinds(reward or []).items()]
+    run = load(recipe, [*(overrides or ()), *extra, *judged])
+    _preflight(run)
+    _writable(to)
+    if mlflow and not importlib.util.find_spec("mlflow"):
+        raise ValueError('--mlflow: it is not installed; pip install "raydiff[jobs]", or --no-mlflow')
+
+    from raydiff import evaluate as judging
+    from raydiff.generate import Adapter
+
+    sides = Adapter.parse(adapter), None if against == "base" else Adapter.parse(against)
+    bootstrap = judging.Bootstrap(resamples=resamples, seed=run.evaluate.seed)
+    report = judging.evaluate(
+        run, *sides, images=images, per_prompt=per_prompt, bootstrap=bootstrap, device=device or _device(), progress=_progress
+    )
+    files = report.write(to, run.evaluate.grid)
+    typer.echo("\n".join([*report.lines(), *map(str, files)]))
+    if mlflow or (mlflow is None and importlib.util.find_spec("mlflow")):
+        from raydiff.distributed import tracking
+
+        # A run of its own: a training's record stays as it was, and one adapter is judged more than once.
+        folder = Path(report.about["adapter"]).resolve().parent
+        tracker = tracking.record(run, f"evaluate {folder.name}", report.metrics(), files, folder.name)
+        typer.echo(f"MLflow: {tracker.uri}, run {tracker.run_id}")
+
+
+@app.command()
 def plan(recipe: Recipe, overrides: Overrides = None) -> None:
     """What a run will do and need: geometry, cost, memory, files, cluster. Exit code 2 when it cannot work."""
     from raydiff.config import load
@@ -278,11 +329,10 @@ def _preflight(run: Run) -> None:
 
 def _train_here(run: Run) -> None:
     """`raydiff.fit` with a progress line, then run.json, metrics.jsonl, the adapter and the before/after grid."""
-    import json
-
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from raydiff import local
+    from raydiff import local, watch
+    from raydiff.core.guard import METRICS
 
     if "://" in run.storage:
         raise ValueError(f"storage = {run.storage!r}: a run with --local writes to a folder of this machine")
@@ -290,21 +340,24 @@ def _train_here(run: Run) -> None:
     _writable(folder)
     (folder / "run.json").write_text(run.model_dump_json(indent=1))
     device = "cpu" if run.pools.train.num_gpus == 0 else _device()
-    first: dict[str, float] = {}
-    last: dict[str, float] = {}
+    rows: list[dict[str, float]] = []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, transient=True) as progress, (folder / "metrics.jsonl").open("w") as log:
         bar = progress.add_task(run.name, total=run.train.updates)
         for metrics in local.fit(run, device=device, folder=folder / "adapter"):
             log.write(json.dumps(metrics) + "\n")
             log.flush()
-            held_out = {k: v for k, v in metrics.items() if k.startswith("held_out/")}
-            first, last = first or held_out, held_out or last
+            rows.append(metrics)
             reward = metrics.get("reward/total", metrics.get("held_out/total", 0.0))
             progress.update(bar, completed=metrics["step"], description=f"{run.name}  reward {reward:+.4f}")
-    for name, value in last.items():
-        typer.echo(f"{name}: {first[name]:.4f} -> {value:.4f}")
+    for name, value in rows[-1].items():
+        if name.startswith("held_out/") or name in METRICS:
+            typer.echo(f"{name}: {rows[0][name]:.4f} -> {value:.4f}")
+    if reason := watch.stopped(run, rows):
+        typer.echo(f"stopped by {reason}")
     typer.echo(f"adapter: {folder / 'adapter'}")
+    if best := watch.best(run, rows):
+        typer.echo(f"best adapter: {local.best_folder(folder / 'adapter')}: {best}")
     if run.evaluate.grid:
         typer.echo(f"before and after: {_before_after(run, folder, device)}")
 
@@ -374,10 +427,14 @@ def _rewards(recipe: Path | None, named: list[str], overrides: list[str]) -> Run
         raise ValueError("give the rewards either by --recipe RUN.toml or by --reward NAME=KIND")
     if recipe is not None:
         return load(recipe, overrides)
+    return rewards(_kinds(named), overrides)
+
+
+def _kinds(named: list[str]) -> dict[str, str]:
     for text in named:
         if not all(text.partition("=")):
             raise ValueError(f"--reward {text!r} is not NAME=KIND, e.g. --reward alignment=clip")
-    return rewards(dict(text.split("=", 1) for text in named), overrides)
+    return dict(text.split("=", 1) for text in named)
 
 
 def _pool(options: dict[str, Any]) -> Pool:

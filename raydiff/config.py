@@ -10,11 +10,15 @@ import difflib
 import importlib
 import importlib.util
 import json
+import math
+import operator
 import pkgutil
+import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -204,10 +208,45 @@ class Optimizer(Config):
     """Decay of an exponential moving average of the trained weights, which then is what is evaluated and exported."""
 
 
+@dataclass(frozen=True)
+class Threshold:
+    """A condition on one metric: `NAME < NUMBER`, or with <=, > or >=."""
+
+    metric: str
+    sign: str
+    value: float
+
+    SIGNS: ClassVar[dict[str, Callable[[float, float], bool]]] = {
+        "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
+    }  # fmt: skip
+
+    @classmethod
+    def parse(cls, text: str) -> Threshold:
+        """Raises ValueError when the text is no such condition."""
+        if not (found := re.fullmatch(r"\s*([^\s<>=]+)\s*([<>=!]+)\s*(\S+)\s*", text)):
+            raise ValueError(f'{text!r} is not a condition; write "NAME < NUMBER", e.g. "held_out/alignment < 0.2"')
+        metric, sign, number = found.groups()
+        if sign not in cls.SIGNS:
+            raise ValueError(f"{text!r}: {sign!r} is no comparison; there are {', '.join(cls.SIGNS)}")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(f"{text!r}: {number!r} is not a finite number")
+        return cls(metric, sign, value)
+
+    def holds(self, value: float) -> bool:
+        return self.SIGNS[self.sign](value, self.value)
+
+
 class Train(Config):
     """How long, and on what."""
 
     updates: int = Field(100, ge=1)
+    stop_when: tuple[str, ...] = ()
+    """Conditions on metrics, e.g. ["held_out/alignment < 0.2", "drift > 0.5"], looked at after each evaluation: when one holds,
+    the run ends there as finished. Against over-optimisation."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: 0 = data parallel, 1 shards optimiser states, 2 also gradients, 3 also parameters."""
     checkpoint_every: int = Field(10, ge=1)
@@ -217,6 +256,13 @@ class Train(Config):
     """Restarts after a lost worker before the run gives up."""
     gradient_checkpointing: bool = True
     """Recompute activations step by step in the backward pass: memory flat in K for about a third more compute."""
+
+    @field_validator("stop_when")
+    @classmethod
+    def _conditions(cls, conditions: tuple[str, ...]) -> tuple[str, ...]:
+        for text in conditions:
+            Threshold.parse(text)
+        return conditions
 
 
 class Evaluate(Config):
@@ -233,6 +279,19 @@ class Evaluate(Config):
     seed: int = 1_000_003
     rewards: dict[str, RewardField] = {}
     """Rewards that are measured and never trained on: the guard against over-optimisation."""
+    best: str | None = None
+    """held_out/NAME, whose highest value after an update marks the weights that are kept as adapter_best. None: the first of
+    `rewards`, else held_out/total."""
+    drift_images: int = Field(8, ge=0)
+    """Of the pictures, how many are the fixed probe of how far training has moved from the base model, the metrics `drift` and
+    `latent_norm`: four denoiser calls each an evaluation, and one walk of the base model. 0 turns it off."""
+    clip: str | None = "embedded"
+    """CLIP whose image embeddings measure `diversity`, the mean cosine distance of the pictures' pairs: "embedded", a folder or
+    a hub id. A field of its own, as rewards may live in a pool and need not be a CLIP. None turns it off."""
+
+    @property
+    def best_metric(self) -> str:
+        return self.best or f"held_out/{next(iter(self.rewards), 'total')}"
 
 
 class Tracking(Config):
@@ -269,6 +328,10 @@ class Run(Config):
         geometry(self)
         if twice := self.rewards.named.keys() & self.evaluate.rewards.keys():
             raise ValueError(f"evaluate.rewards: {sorted(twice)} is trained on too; a held-out reward needs another name")
+        measured = [f"held_out/{name}" for name in ("total", *self.rewards.named, *self.evaluate.rewards)]
+        if self.evaluate.best_metric not in measured:
+            best = self.evaluate.best_metric
+            raise ValueError(f"evaluate.best = {best!r} is not measured{_nearest(best, measured)}")
         for part in (self.model, self.method, *self.rewards.named.values(), *self.evaluate.rewards.values()):
             part.check(self)
         return self

@@ -104,13 +104,17 @@ def scheduler(config: Any, sampler: Sampler) -> Any:
 
 
 def samples(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], sampler: Sampler, batch: int = 8) -> Iterator[Sample]:
-    """Every prompt with every seed, P·N pictures. The pipeline gets the sampler's scheduler.
+    """Every prompt with every seed, P·N pictures."""
+    return of_pairs(pipe, [(prompt, seed) for prompt in prompts for seed in seeds], sampler, batch)
+
+
+def of_pairs(pipe: Any, pairs: Sequence[tuple[str, int]], sampler: Sampler, batch: int = 8) -> Iterator[Sample]:
+    """A picture for each (prompt, seed). The pipeline gets the sampler's scheduler.
 
     The kernels of another batch size may round a last bit differently; at batch 1 a picture depends on nothing else.
     """
     check((), sampler)
     pipe.scheduler = scheduler(pipe.scheduler.config, sampler)
-    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
     for start in range(0, len(pairs), batch):
         part = pairs[start : start + batch]
         images = pipe(
@@ -191,12 +195,12 @@ def _grid(drawn: Sequence[Sample]) -> Any:
     columns = per_prompt if 1 < per_prompt < len(drawn) else min(COLUMNS, len(drawn))
     rows = [drawn[i : i + columns] for i in range(0, len(drawn), columns)]
     return pictures.grid(
-        [[_pixels(sample.image) for sample in row] for row in rows],
+        [[pixels(sample.image) for sample in row] for row in rows],
         [[f"{sample.prompt}  seed {sample.seed}" for sample in row] for row in rows],
     )
 
 
-def _pixels(image: Any) -> torch.Tensor:
+def pixels(image: Any) -> torch.Tensor:
     """PIL -> (3,H,W) uint8."""
     import numpy as np
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from raydiff import watch
 from raydiff.config import Run
 from raydiff.core.learner import TorchEngine
 from raydiff.session import Picture, Session, summary
@@ -23,9 +24,12 @@ def fit(
 ) -> Iterator[dict[str, float]]:
     """Train, yielding the metrics of each update, held-out rewards among them where the run evaluates.
 
-    The first dict has step 0 and no update: the held-out rewards of the untrained model. With `folder`, the trained weights
-    are exported there at the end. `show` gets each evaluation's pictures, with the updates done before it. Workers and ZeRO
-    stage play no role here; the batch is the same.
+    The first dict has step 0 and no update: the held-out rewards of the untrained model. A condition of `train.stop_when` that
+    holds makes that dict the last. With `folder`, the trained weights are exported there at the end, and the best so far, with
+    best.json, to `best_folder(folder)` beside it. `show` gets each evaluation's pictures, with the updates done before it.
+    Workers and ZeRO stage play no role here; the batch is the same.
+
+    Raises ConfigError for a metric of `train.stop_when` that the run does not measure.
     """
     session = Session(run, device)
     optimizer, scheduler = session.optimizer()
@@ -38,19 +42,38 @@ def fit(
             show(done, pictures)
         return summary(pictures)
 
-    yield {"step": 0, **evaluated(0), "seconds": time.perf_counter() - start}
+    rows = [{"step": 0, **evaluated(0), "seconds": time.perf_counter() - start}]
+    watch.stopped(run, rows)
+    yield rows[0]
     for step in range(run.train.updates):
         metrics = session.update(engine, step)
         if session.ema:
             session.ema.update(session.model.trained())
         done = step + 1
         metrics |= {"grad_norm": engine.grad_norm, "seconds": time.perf_counter() - start, **vars(session.policy.calls)}
-        if done % run.evaluate.every == 0 or done == run.train.updates:
+        if watch.due(run, done):
             metrics |= evaluated(done)
-        yield {"step": done, **metrics}
+        rows.append({"step": done, **metrics})
+        if folder is not None and (best := watch.improved(run, rows)):
+            export(session, best_folder(folder))
+            best.write(best_folder(folder))
+        reason = watch.stopped(run, rows)
+        yield rows[-1]
+        if reason:
+            break
     if folder is not None:
-        with session.averaged():
-            session.model.export(folder, session.model.trained())
+        export(session, folder)
+
+
+def export(session: Session, folder: str | Path) -> None:
+    """Write the weights that are evaluated."""
+    with session.averaged():
+        session.model.export(folder, session.model.trained())
+
+
+def best_folder(folder: str | Path) -> Path:
+    """Where the best weights go when the last ones go to `folder`."""
+    return Path(folder).with_name(f"{Path(folder).name}_best")
 
 
 def evaluate(session: Session) -> list[Picture]:

@@ -6,7 +6,7 @@ Legend: H W pixels.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,10 @@ def grid(rows: Sequence[Sequence[Tensor]], captions: Sequence[Sequence[str]], la
     font = ImageFont.load_default(11)
     cells = [[image(pixels) for pixels in row] for row in rows]
     width, height = cells[0][0].size
-    wrapped = [[textwrap.wrap(text, max(8, width // 6)) for text in row] for row in captions]
+    wrapped = [
+        [[line for part in text.splitlines() for line in textwrap.wrap(part, max(8, width // 6))] for text in row]
+        for row in captions
+    ]
     text_height = 13 * max(len(lines) for row in wrapped for lines in row) + 6
     left = 60 if labels else 0
     sheet = Image.new("RGB", (left + len(cells[0]) * (width + 4) + 4, len(cells) * (height + text_height + 4)), _PAPER)
@@ -58,14 +61,21 @@ def sheet(pictures: Sequence[Any], columns: int = 8) -> Any:
 
 def before_after(before: Sequence[Any], after: Sequence[Any], columns: int = 8) -> Any:
     """Pairs of rows, the same prompts and seeds before and after training, with the total reward under each."""
-    rows, captions, labels = [], [], []
-    for i in range(0, len(before), columns):
-        for label, pictures in (("before", before), ("after", after)):
+    return versus(before, after, ("before", "after"), columns, lambda p: f"{p.prompt}  {p.rewards['total']:.3f}")
+
+
+def versus(
+    first: Sequence[Any], second: Sequence[Any], labels: tuple[str, str], columns: int = 8, caption: Callable[[Any], str] = str
+) -> Any:
+    """Pairs of rows of `session.Picture`s of the same prompts and seeds, with a caption under each."""
+    rows, captions, left = [], [], []
+    for i in range(0, len(first), columns):
+        for label, pictures in zip(labels, (first, second), strict=True):
             part = pictures[i : i + columns]
             rows.append([p.image for p in part])
-            captions.append([f"{p.prompt}  {p.rewards['total']:.3f}" for p in part])
-            labels.append(label)
-    return grid(rows, captions, labels)
+            captions.append([caption(p) for p in part])
+            left.append(label)
+    return grid(rows, captions, left)
 
 
 def save(picture: Any, path: str | Path) -> Path:

@@ -5,7 +5,7 @@ Ray waits for ever for a place that does not exist, so this is asked before anyt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from raydiff.config import Pool, Run
@@ -78,23 +78,32 @@ def faults(run: Run, nodes: Sequence[Node], where: str) -> list[str]:
 
 def no_room(claims: Sequence[Claim], nodes: Sequence[Node], where: str) -> list[str]:
     """One line for each claim that has no room beside the others, with the sum and the field to change; [] when all fit."""
-    free = [[node.cpus, node.gpus] for node in nodes]
     found = []
-    # The choosy first: a pool without labels can go where the others leave room.
-    for claim in sorted(claims, key=lambda c: (not c.labels, -c.gpus, -c.cpus)):
-        able = [i for i, node in enumerate(nodes) if claim.fits(node)]
-        if not able:
+    for claim, left, placed in _placed(claims, nodes):
+        if not left:
             there = sorted({f"{key}={value}" for node in nodes for key, value in node.labels.items() if key in claim.labels})
             found.append(
                 f"{claim.named('labels')} = {dict(claim.labels)}: no node of {where} carries them"
                 f"{'; there are ' + ', '.join(there) if there else ''}; start a node with them, or leave the labels empty"
             )
-            continue
-        before = [[free[i][kind] for i in able] for kind in (0, 1)]
-        placed = sum(_place(claim, free, able) for _ in range(claim.replicas))
-        if placed < claim.replicas:
-            found.append(_shortage(claim, placed, before[0], before[1], where))
+        elif placed < claim.replicas:
+            found.append(_shortage(claim, placed, left, where))
     return found
+
+
+def room(run: Run, nodes: Sequence[Node], pool: str) -> int:
+    """How many of a pool's replicas have room beside the run's other pools."""
+    return sum(placed for claim, _, placed in _placed(claims(run, nodes), nodes) if claim.pool == pool)
+
+
+def _placed(claims: Sequence[Claim], nodes: Sequence[Node]) -> Iterator[tuple[Claim, list[tuple[float, float]], int]]:
+    """Each claim, CPUs and GPUs that the others before it left on the nodes that it may use, and its replicas with room."""
+    free = [[node.cpus, node.gpus] for node in nodes]
+    # The choosy first: a pool without labels can go where the others leave room.
+    for claim in sorted(claims, key=lambda c: (not c.labels, -c.gpus, -c.cpus)):
+        able = [i for i, node in enumerate(nodes) if claim.fits(node)]
+        left = [(free[i][0], free[i][1]) for i in able]
+        yield claim, left, sum(_place(claim, free, able) for _ in range(claim.replicas))
 
 
 def _place(claim: Claim, free: list[list[float]], able: list[int]) -> bool:
@@ -108,7 +117,8 @@ def _place(claim: Claim, free: list[list[float]], able: list[int]) -> bool:
     return True
 
 
-def _shortage(claim: Claim, placed: int, cpus: list[float], gpus: list[float], where: str) -> str:
+def _shortage(claim: Claim, placed: int, left: list[tuple[float, float]], where: str) -> str:
+    cpus, gpus = zip(*left, strict=True)
     need = f"{claim.replicas * claim.cpus:g} CPUs" + (f" and {claim.replicas * claim.gpus:g} GPUs" if claim.gpus else "")
     have = f"{sum(cpus):g} CPUs" + (f" and {sum(gpus):g} GPUs" if claim.gpus else "")
     if placed:

@@ -22,6 +22,13 @@ def faults(run: Run) -> list[str]:
             part.preflight()
         except (ValueError, OSError, ImportError) as error:
             found.append(str(error) if str(error).startswith(path) else f"{path}: {error}")
+    if run.evaluate.clip is not None:
+        from raydiff.rewards.clip import check_clip
+
+        try:
+            check_clip(run.evaluate.clip, text=False)
+        except (ValueError, OSError) as error:
+            found.append(f"evaluate.clip: {error}")
     try:
         read_both(run.prompts)
     except (ValueError, OSError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from raydiff.config import Geometry, Run, geometry
+from raydiff.core import guard
 from raydiff.core.denoise import mix
+from raydiff.core.guard import Probe
 from raydiff.core.learner import Ema, Engine, learning_rate_factor, swapped, update
 from raydiff.core.log_prob import gaussian_log_prob
 from raydiff.core.policy import Calls, Policy, checked
@@ -33,6 +36,8 @@ class Picture:
     seed: int
     rewards: dict[str, float]  # by name, with "total"
     image: Tensor  # (3,H,W) uint8, on the CPU
+    moved: dict[str, float] = field(default_factory=dict)  # drift and latent_norm, if it is one of the probe's
+    embedding: Tensor | None = None  # (E,) of unit length, on the CPU, where diversity is measured
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class Session:
     scores: Scores | None = None  # None: the rewards are built here
     gather: Gather = alone
     ema: Ema | None = field(init=False, default=None)
+    probes: dict[int, Probe] = field(init=False, default_factory=dict)  # by the batch of an evaluation
 
     def __post_init__(self) -> None:
         run = self.run
@@ -216,15 +222,42 @@ class Session:
             index = share or [0]
             prompts = [self.held_out_prompts[i % len(self.held_out_prompts)] for i in index]
             seeds = [mix(config.seed, i) for i in index]
-            images = self.model.decode(self.judge.sample(prompts, seeds)[0])
+            latents = self.judge.sample(prompts, seeds)[0]
+            moved = self.moved(start, index, prompts, seeds, latents)
+            images = self.model.decode(latents)
             total, parts = checked(self.judge.score, images, prompts, seeds)
             rewards = {"total": total, **parts}
             pixels = (images * 255).round().byte().cpu()
+            embeddings = self.embed(images).cpu() if self.embed else [None] * len(index)
             pictures += [
-                Picture(i, prompts[row], seeds[row], {name: float(r[row]) for name, r in rewards.items()}, pixels[row])
-                for row, i in enumerate(share)
+                Picture(i, prompts[r], seeds[r], _row(rewards, r), pixels[r], moved.get(i, {}), embeddings[r])
+                for r, i in enumerate(share)
             ]
         return pictures
+
+    def moved(
+        self, start: int, index: list[int], prompts: list[str], seeds: list[int], latents: Tensor
+    ) -> dict[int, dict[str, float]]:
+        """How far the probe's pictures of a batch are from the base model's, by index. Every worker makes as many calls."""
+        images = self.run.evaluate.drift_images
+        if not self.model.has_reference or start * self.workers >= images:
+            return {}
+        rows = [row for row, i in enumerate(index) if i < images] or [0]
+        prompts, seeds = [prompts[row] for row in rows], [seeds[row] for row in rows]
+        if start not in self.probes:
+            self.probes[start] = Probe.of(self.judge, prompts, seeds)
+        probe = self.probes[start]
+        measured = {"drift": probe.drift(self.judge, prompts), "latent_norm": probe.latent_norm(latents[rows])}
+        return {index[row]: _row(measured, n) for n, row in enumerate(rows) if index[row] < images}
+
+    @cached_property
+    def embed(self) -> Callable[[Tensor], Tensor] | None:
+        """Images (B,3,H,W) -> (B,E) of unit length, by `evaluate.clip`."""
+        if self.run.evaluate.clip is None:
+            return None
+        from raydiff.rewards.clip import load_clip
+
+        return load_clip(self.run.evaluate.clip, None, "float32").eval().to(self.device)
 
     def averaged(self) -> Any:
         """Context in which the model holds the weights to evaluate and export: their moving average, if the run has one."""
@@ -232,8 +265,16 @@ class Session:
 
 
 def summary(pictures: list[Picture], prefix: str = "held_out") -> dict[str, float]:
-    """Mean of each reward over pictures: {"held_out/total": ..., ...}."""
-    return {f"{prefix}/{name}": sum(p.rewards[name] for p in pictures) / len(pictures) for name in pictures[0].rewards}
+    """Mean of each reward over pictures: {"held_out/total": ..., ...}, and the metrics of `core.guard` that were measured."""
+    means = {f"{prefix}/{name}": sum(p.rewards[name] for p in pictures) / len(pictures) for name in pictures[0].rewards}
+    probed = [p.moved for p in pictures if p.moved]
+    means |= {name: sum(moved[name] for moved in probed) / len(probed) for name in (probed[0] if probed else ())}
+    embeddings = [p.embedding for p in pictures if p.embedding is not None]
+    return means | ({"diversity": guard.diversity(torch.stack(embeddings))} if len(embeddings) > 1 else {})
+
+
+def _row(values: dict[str, Tensor], row: int) -> dict[str, float]:
+    return {name: float(v[row]) for name, v in values.items()}
 
 
 def _nothing() -> Any:

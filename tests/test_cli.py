@@ -50,7 +50,7 @@ def test_help_takes_under_a_second_and_imports_nothing_heavy() -> None:
     def seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-m", "raydiff.cli", "--help"], capture_output=True, text=True, check=True)
-        assert all(command in done.stdout for command in ("train", "generate", "score", "plan"))
+        assert all(command in done.stdout for command in ("train", "generate", "score", "evaluate", "plan"))
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime  # what a busy machine does not change
 
@@ -156,6 +156,9 @@ def test_train_here_then_generate_with_what_it_made(call: Call, recipe: Path, tm
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1]
     assert f"{lines[0]['held_out/total']:.4f} -> {lines[1]['held_out/total']:.4f}" in out
+    assert f"drift: 0.0000 -> {lines[1]['drift']:.4f}" in out
+    assert f"best adapter: {folder / 'adapter_best'}: held_out/total = " in out
+    assert (folder / "adapter_best" / "best.json").is_file()
     assert json.loads((folder / "run.json").read_text())["optimizer"]["lr"] == 0.5
     grid = Image.open(folder / "before_after.png")
     assert grid.height > 2 * 128  # a row before, a row after

@@ -38,6 +38,12 @@ def test_replicas_are_not_spread_over_nodes_by_halves(tiny_run: Make) -> None:
     assert "2 × (3 CPUs) = 6 CPUs; the cluster has 7 CPUs left for it on 3 nodes, room for 1" in fault
 
 
+def test_room_of_one_pool_is_what_the_others_leave(tiny_run: Make) -> None:
+    run = tiny_run(changes={**POOLS, "pools.generate.replicas": 3, "pools.generate.labels": {"kind": "spot"}})
+    spot = Node(1, 0, {"kind": "spot"})
+    assert [placement.room(run, [Node(2), *[spot] * n], placement.GENERATE) for n in (0, 1, 2, 4)] == [0, 1, 2, 3]
+
+
 def test_labels_keep_a_pool_to_its_nodes(tiny_run: Make) -> None:
     labelled = {f"pools.{name}.labels": {"raydiff-pool": name} for name in ("train", "generate", "reward")}
     run = tiny_run(changes={**POOLS, **labelled, "pools.generate.replicas": 2})

@@ -26,6 +26,10 @@ class LatentModel(Protocol):
     device: torch.device
     latent_shape: tuple[int, int, int]  # C, h, w
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether reference() can be had."""
+
     def schedule(self, steps: int, spacing: str | None, final_alpha: float | None) -> Schedule: ...
 
     def predict(self, denoiser: nn.Module, prompts: Sequence[str], guidance: float, detach_negative: bool = False) -> Predict:

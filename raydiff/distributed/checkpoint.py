@@ -1,6 +1,7 @@
 """A run's checkpoints: whole fp32 tensors by name and one JSON, for any number of workers and any ZeRO stage.
 
-`checkpoint_000020/` holds parameters, exp_avg, exp_avg_sq and, if the run has one, ema as safetensors, and
+`checkpoint_000020/` holds parameters, exp_avg, exp_avg_sq and, where there are any, ema and the best weights so far (which the
+history tells the step and value of) as safetensors, and
 `checkpoint.json`, written last with the sizes of the others: without it, or with a file of another size, the checkpoint does
 not exist. So a kill or a full disk while one is written leaves the one before it. Ray's own index of checkpoints is rewritten
 in place, and a full disk destroys it; a run does not use it.
@@ -28,6 +29,7 @@ MAY_CHANGE = (
     "tracking",
     "batch.micro",
     "train.updates",
+    "train.stop_when",
     "generation",
     "pools",
     "rewards.where",
@@ -40,9 +42,12 @@ MAY_CHANGE = (
     "evaluate.batch",
     "evaluate.grid",
     "evaluate.rewards",
+    "evaluate.drift_images",
+    "evaluate.clip",
 )
 """Fields, or tables of them, that a resumed run may set anew: where and how it runs, not what it computes. The exception is
-train.updates, which a linear or cosine learning-rate schedule depends on."""
+train.updates, which a linear or cosine learning-rate schedule depends on. evaluate.best stays: the weights that another metric
+would have kept are gone."""
 
 _INDEX, _FORMAT = "checkpoint.json", 2
 
@@ -60,7 +65,7 @@ class Checkpoint:
     state: Mapping[str, Any]  # Session.state()
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
-        """kind: parameters, exp_avg, exp_avg_sq or ema. Raises FileNotFoundError."""
+        """kind: parameters, exp_avg, exp_avg_sq, ema or best. Raises FileNotFoundError."""
         return safetensors.torch.load(self.folder.read(f"{kind}.safetensors"))
 
 
@@ -111,7 +116,7 @@ def latest(folder: Folder) -> Checkpoint | None:
 def check_same_run(saved: Mapping[str, Any], run: Run) -> None:
     """Raise ConfigError, with each differing path, when `run` would compute something else than the saved run's JSON."""
     try:
-        before, now = flat(Run.model_validate(saved)), flat(run)
+        before, now = (flat(r) | {"evaluate.best": r.evaluate.best_metric} for r in (Run.model_validate(saved), run))
     except ValidationError as error:
         raise ConfigError(f"the saved run cannot be read by this version of raydiff: {error}") from None
     fixed = MAY_CHANGE if run.optimizer.schedule == "constant" else tuple(p for p in MAY_CHANGE if p != "train.updates")

@@ -17,14 +17,16 @@ from raydiff.distributed import checkpoint, cluster, learn, pipeline, score, tra
 from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.ranks import Refused
 from raydiff.distributed.score import Group
-from raydiff.distributed.storage import Folder, StorageError
+from raydiff.distributed.storage import PATIENCE, Folder, StorageError
 from raydiff.distributed.tracking import Board, Tracker
 from raydiff.distributed.weights import WeightStore
 from raydiff.plan import cluster_nodes
 from raydiff.preflight import faults
+from raydiff.watch import Best
 
 RUN = "run.json"
 _POLL = 0.5  # seconds between looks at the board
+_LOOK = 5.0  # seconds between looks at the cluster's nodes
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class Result:
     before: dict[str, float]  # held_out/* of the untrained model
     after: dict[str, float]
     grid: str | None  # PNG of held-out pictures before and after
+    best: Best | None  # the evaluation whose weights are in `adapter_best`
+    adapter_best: str | None
+    stopped_by: str | None  # the condition of train.stop_when that ended it
     mlflow_uri: str
     mlflow_run_id: str
 
@@ -62,13 +67,14 @@ def train(run: Run, *, resume: str | Path | None = None) -> Result:
             progress.say(f"waiting for {short}: other work holds them")
         board = _board(tracker, folder)
         store = _store(run, folder) if "pool" in (run.generation.where, run.rewards.where) else None
-        status = "FAILED"
+        status, tags = "FAILED", dict[str, str]()
         try:
             progress.waiting("loading rewards")
             rewards = score.start(run, cluster_nodes()) if run.rewards.where == "pool" else []
             progress.waiting("starting workers")
-            outcome = _follow(_fit(run, folder, board, use_gpu, store, rewards), board, progress, store)
+            outcome = _follow(run, _fit(run, folder, board, use_gpu, store, rewards), board, progress, store)
             status = "FINISHED" if "finished" in outcome else "KILLED" if "stopped" in outcome else "FAILED"
+            tags = _tags(outcome.get("finished", {}))
         except KeyboardInterrupt:
             status = "KILLED"
             raise
@@ -76,7 +82,7 @@ def train(run: Run, *, resume: str | Path | None = None) -> Result:
             error.add_note(f"Its checkpoints are in {folder}; --resume {folder.name} goes on after the newest.")
             raise
         finally:
-            _close(board, tracker, status, progress)
+            _close(board, tracker, status, tags, progress)
     if "refused" in outcome:
         raise Refused(*outcome["refused"]).error()
     if "stopped" in outcome:
@@ -122,42 +128,51 @@ def _not_free(run: Run) -> str:
 
 def _fresh(run: Run) -> Folder:
     name = f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    return Folder(run.storage) / name
+    return Folder(run.storage, PATIENCE) / name
 
 
 def _resumed(run: Run, resume: str | Path) -> Folder:
     """The folder of a started run, checked: it exists, is not finished, and was started with this config."""
     text = str(resume)
-    folder = Folder(text) if "/" in text else Folder(run.storage) / text
+    folder = Folder(text, PATIENCE) if "/" in text else Folder(run.storage, PATIENCE) / text
     if folder.size(RUN) is None:
         names = [name for name in Folder(run.storage).folders() if (Folder(run.storage) / name).size(RUN) is not None]
         there = f"; there are {', '.join(names[-5:])}" if names else ""
         raise ConfigError(f"resume = {text!r}: no run was started in {folder}{there}")
-    checkpoint.check_same_run(folder.read_json(RUN), run)
+    before = folder.read_json(RUN)
+    checkpoint.check_same_run(before, run)
     if folder.size(learn.FINISHED) is not None:
-        done = folder.read_json(learn.FINISHED)["updates"]
-        if done >= run.train.updates:
+        finished = folder.read_json(learn.FINISHED)
+        stopped = finished["stopped_by"] if run.train.stop_when == Run.model_validate(before).train.stop_when else None
+        if finished["updates"] >= run.train.updates or stopped:
+            way_out = f"It was stopped by {stopped}; another train.stop_when" if stopped else "A larger train.updates"
             raise ConfigError(
-                f"resume = {text!r}: this run is finished, {done} of {run.train.updates} updates; its weights are in"
-                f" {folder / learn.ADAPTER}. A larger train.updates continues it"
+                f"resume = {text!r}: this run is finished, {finished['updates']} of {run.train.updates} updates; its weights"
+                f" are in {folder / learn.ADAPTER}. {way_out} continues it"
             )
     return folder
 
 
-def _board(tracker: Tracker, folder: Folder) -> Any:
+def _here() -> dict[str, Any]:
+    """Options of an actor that lives beside the driver: a node of a pool may be taken away."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Board)
-    return actor.remote(tracker, folder.uri)
+    return {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
+
+
+def _board(tracker: Tracker, folder: Folder) -> Any:
+    import ray
+
+    return ray.remote(**_here())(Board).remote(tracker, folder.uri)
 
 
 def _store(run: Run, folder: Folder) -> Any:
     """The weight store, which only its handle finds. When it dies it comes back empty, and the workers start anew."""
     import ray
 
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(WeightStore)
+    actor = ray.remote(**_here(), max_task_retries=-1)(WeightStore)
     return actor.remote(folder.name, run.train.updates, pipeline.blocks(run), run.generation.max_staleness)
 
 
@@ -192,7 +207,7 @@ def _fit(run: Run, folder: Folder, board: Any, use_gpu: bool, store: Any, reward
             storage_path=folder.uri.rpartition("/")[0],
             failure_config=FailureConfig(max_failures=run.train.max_failures),
         ),
-        datasets={"train": pipeline.factory(run, store, rewards, nodes)} if streamed else None,
+        datasets={"train": pipeline.factory(run, store, rewards)} if streamed else None,
         dataset_config=pipeline.data_config(run, nodes) if streamed else None,
     )
     future: Future[dict[str, Any]] = Future()
@@ -207,11 +222,11 @@ def _fit(run: Run, folder: Folder, board: Any, use_gpu: bool, store: Any, reward
     return future
 
 
-def _follow(future: Future[dict[str, Any]], board: Any, progress: Progress, store: Any) -> dict[str, Any]:
+def _follow(run: Run, future: Future[dict[str, Any]], board: Any, progress: Progress, store: Any) -> dict[str, Any]:
     """Show the run until it ends. Ctrl-C asks for a last checkpoint; a second one does not wait for it."""
     import ray
 
-    place, stopping = 0, False
+    place, stopping, room = 0, False, Room(run)
     while True:
         try:
             ended = future.done()
@@ -224,6 +239,8 @@ def _follow(future: Future[dict[str, Any]], board: Any, progress: Progress, stor
                     progress.row(item)
             if store is not None and not ended:
                 progress.pools(ray.get(store.status.remote()))
+            if news := room.news():
+                progress.say(news)
             if ended:
                 return future.result()
             time.sleep(_POLL)
@@ -235,13 +252,39 @@ def _follow(future: Future[dict[str, Any]], board: Any, progress: Progress, stor
             progress.say("stopping: this update, then a checkpoint; Ctrl-C again stops without one")
 
 
-def _close(board: Any, tracker: Tracker, status: str, progress: Progress) -> None:
+class Room:
+    """Tells when the cluster has lost room for a pool, or has it again: a run that waits says for what."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.next, self.lacking = run, 0.0, list[str]()
+
+    def news(self) -> str | None:
+        """What has changed, looked up every few seconds."""
+        if time.monotonic() < self.next:
+            return None
+        self.next = time.monotonic() + _LOOK
+        before, self.lacking = self.lacking, placement.faults(self.run, cluster_nodes(), "the cluster")
+        if self.lacking == before:
+            return None
+        return "\n".join(["nodes were lost", *self.lacking]) if self.lacking else "all pools have room again"
+
+
+def _tags(finished: dict[str, Any]) -> dict[str, str]:
+    """What a finished run says of itself in MLflow."""
+    best, reason = finished.get("best"), finished.get("stopped_by")
+    return {
+        **({tracking.BEST_TAG: str(Best(**best))} if best else {}),
+        **({tracking.STOPPED_TAG: reason} if reason else {}),
+    }
+
+
+def _close(board: Any, tracker: Tracker, status: str, tags: dict[str, str], progress: Progress) -> None:
     """Log what is left. MLflow's faults are told and go no further."""
     import ray
 
     try:
         left = ray.get(board.flush.remote(), timeout=60)
-        tracker.finish(status)
+        tracker.finish(status, tags)
     except Exception as error:
         left = f"MLflow at {tracker.uri}: {error}"
     if left:
@@ -258,14 +301,21 @@ def _finished(run: Run, folder: Folder, tracker: Tracker, outcome: dict[str, Any
         before=outcome["before"],
         after=outcome["after"],
         grid=grid,
+        best=Best(**outcome["best"]) if outcome["best"] else None,
+        adapter_best=(folder / learn.BEST).uri if outcome["best"] else None,
+        stopped_by=outcome["stopped_by"],
         mlflow_uri=tracker.uri,
         mlflow_run_id=tracker.run_id,
     )
-    lines = [f"finished {run.train.updates} updates in {duration(outcome['seconds'])}"]
+    updates = folder.read_json(learn.FINISHED)["updates"]
+    lines = [f"finished {updates} updates in {duration(outcome['seconds'])}"]
+    if result.stopped_by:
+        lines[0] += f" of {run.train.updates}, stopped by {result.stopped_by}"
     for name, after in result.after.items():
         before = result.before.get(name)
         lines.append(f"{name:24} {'' if before is None else f'{before:.4f} -> '}{after:.4f}")
-    lines += [f"weights      {result.adapter}", f"pictures     {grid}" if grid else "", f"checkpoints  {result.folder}"]
+    lines += [f"weights      {result.adapter}", f"best         {result.adapter_best}: {result.best}" if result.best else ""]
+    lines += [f"pictures     {grid}" if grid else "", f"checkpoints  {result.folder}"]
     if run.tracking.uri is None:
         lines.append(f"metrics      mlflow ui --backend-store-uri {shlex.quote(tracker.uri)}")
     else:

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -14,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from raydiff import pictures
+from raydiff import pictures, watch
 from raydiff.config import ConfigError, Run
 from raydiff.core.policy import Calls
 from raydiff.distributed import checkpoint, score
@@ -24,12 +25,13 @@ from raydiff.distributed.meter import Meter
 from raydiff.distributed.pipeline import Stream
 from raydiff.distributed.ranks import AgreedLoss, Ranks, Refused
 from raydiff.distributed.score import RewardClient
-from raydiff.distributed.storage import Folder
+from raydiff.distributed.storage import PATIENCE, Folder
 from raydiff.session import Picture, Session, summary
+from raydiff.watch import Best
 
 BEFORE = "pictures/before"  # .safetensors and .json: the untrained model's, for the grid at the end
 GRID = "pictures/before_after.png"
-ADAPTER = "adapter"
+ADAPTER, BEST = "adapter", "adapter_best"
 FINISHED = "finished.json"
 
 
@@ -50,7 +52,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
             torch.set_num_threads(max(1, int(run.pools.train.num_cpus)))
         groups, store = config["rewards"], config["store"]
         rewards = score.client(run, groups, store, ranks.rank, ranks.size) if groups else None
-        return Worker(run, device, ranks, Folder(config["folder"]), config["board"], store, rewards).train()
+        return Worker(run, device, ranks, Folder(config["folder"], PATIENCE), config["board"], store, rewards).train()
     except Refused as refusal:
         return {"refused": (refusal.kind, refusal.message)}
 
@@ -72,6 +74,8 @@ class Worker:
         self.history: list[dict[str, float]] = []  # the metrics of every update so far, over restarts
         self.next_step, self.seconds_before, self.start = 0, 0.0, time.perf_counter()
         self.evaluated: tuple[int, list[Picture]] = (-1, [])  # after how many updates, and its pictures
+        self.best: Mapping[str, Tensor] = {}  # the weights of watch.best, on rank 0
+        self.exported = -1  # the step whose weights are in BEST
         found: Checkpoint | None = None
         with ranks.agreed():
             if ranks.rank == 0:
@@ -89,6 +93,8 @@ class Worker:
                 checkpoint.check_same_run(found.run, run)
                 kinds = ("parameters", "exp_avg", "exp_avg_sq", *(("ema",) if self.session.ema else ()))
                 saved = {kind: found.tensors(kind) for kind in kinds}
+                if ranks.rank == 0 and watch.best(run, found.history):
+                    self.best = found.tensors("best")
         self.session.method, self.session.gather = AgreedLoss(run.method, ranks), ranks.gather
         self.engine = ZeroEngine(self.session, weights=saved.get("parameters"))
         if found:
@@ -114,7 +120,10 @@ class Worker:
         self.publish(self.next_step)
         if not self.history:
             self.report({"step": 0, **summary(self.evaluate(0)), **self.cost()})
+        reason = self.stopped()
         for step in range(self.next_step, train.updates):
+            if reason:
+                break
             lr = self.engine.lr
             metrics = self.session.update(self.engine, step, self.stream.batches(step) if self.stream else None)
             if self.session.ema:
@@ -125,16 +134,35 @@ class Worker:
             stop = shared[0][1]
             row = {"step": done, **_mean([m for m, _ in shared])}
             row |= {"grad_norm": self.engine.grad_norm, "lr": lr, **self.cost()}
-            if done % self.run.evaluate.every == 0 or done == train.updates:
+            if watch.due(self.run, done):
                 row |= summary(self.evaluate(done))
             self.report(row)
-            if stop or done % train.checkpoint_every == 0 or done == train.updates:
+            self.keep_best()
+            reason = self.stopped()
+            if stop or reason or done % train.checkpoint_every == 0 or done == train.updates:
                 self.save(done)
-            if stop and done < train.updates:
+            if stop and not reason and done < train.updates:
                 return {"stopped": done}
         if self.stream:
             self.stream.close()
-        return {"finished": self.finish()}
+        return {"finished": self.finish(reason)}
+
+    def stopped(self) -> str | None:
+        """Why `train.stop_when` ends the run here, as rank 0 sees it: seconds differ."""
+        if not self.run.train.stop_when:
+            return None
+        reason = None
+        with self.ranks.agreed():
+            if self.ranks.rank == 0:
+                reason = watch.stopped(self.run, self.history)
+        return self.ranks.gather(reason)[0]
+
+    def keep_best(self) -> None:
+        """Take a copy of the weights that were just evaluated, if they are the best."""
+        if watch.improved(self.run, self.history):
+            weights = self.averages()
+            if self.ranks.rank == 0:
+                self.best = {name: w.detach().float().cpu().clone() for name, w in weights.items()}
 
     def publish(self, version: int) -> dict[str, float]:
         """Hand the weights to the generation pool. Returns what the pools did since the last time; counters, on rank 0."""
@@ -159,27 +187,51 @@ class Worker:
                 self.show(f"pictures/step_{done:06d}.png", pictures.sheet(shown))
         return everyone
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, reason: str | None) -> dict[str, Any]:
         """Export the trained weights and the grid of before and after. The run is finished when FINISHED is written."""
-        updates = self.run.train.updates
-        after = self.evaluated[1] if self.evaluated[0] == updates else self.evaluate(updates)
-        weights = self.session.ema.average if self.session.ema else self.engine.weights()
+        done = int(self.history[-1]["step"])
+        after = self.evaluated[1] if self.evaluated[0] == done else self.evaluate(done)
+        weights, result = self.averages(), self.result(reason)
         with self.ranks.agreed():
             if self.ranks.rank == 0:
-                with tempfile.TemporaryDirectory() as scratch:
-                    self.session.model.export(scratch, weights)
-                    self.folder.upload(Path(scratch), ADAPTER)
-                    files = [f"{ADAPTER}/{f.relative_to(scratch).as_posix()}" for f in Path(scratch).rglob("*") if f.is_file()]
+                self.export(weights, ADAPTER)
+                self.export_best()
                 before = self.before()[: self.run.evaluate.grid]
                 if before:
                     self.show(GRID, pictures.before_after(before, after[: len(before)]))
-                self.folder.write_json(FINISHED, {"updates": updates, **self.result()})
-                self.add([], files)
-        return self.result()
+                self.folder.write_json(FINISHED, {"updates": done, **result})
+        return result
 
-    def result(self) -> dict[str, Any]:
+    def export(self, weights: Mapping[str, Tensor], name: str, best: Best | None = None) -> None:
+        """Write weights as diffusers reads them to a folder of the run's, best.json beside them."""
+        with tempfile.TemporaryDirectory() as scratch:
+            self.session.model.export(scratch, weights)
+            if best:
+                best.write(scratch)
+            self.folder.upload(Path(scratch), name)
+            self.add([], [f"{name}/{f.relative_to(scratch).as_posix()}" for f in Path(scratch).rglob("*") if f.is_file()])
+
+    def export_best(self) -> None:
+        """On rank 0, after a checkpoint that has them: what BEST holds is never lost with an attempt."""
+        best = watch.best(self.run, self.history)
+        if best and best.step != self.exported:
+            self.export(self.best, BEST, best)
+            self.exported = best.step
+
+    def averages(self) -> Mapping[str, Tensor]:
+        """The weights to evaluate and export, whole. Collective."""
+        return self.session.ema.average if self.session.ema else self.engine.weights()
+
+    def result(self, reason: str | None) -> dict[str, Any]:
         held_out = [{k: v for k, v in row.items() if k.startswith("held_out/")} for row in self.history]
-        return {"before": held_out[0], "after": [row for row in held_out if row][-1], "seconds": self.history[-1]["seconds"]}
+        best = watch.best(self.run, self.history)
+        return {
+            "before": held_out[0],
+            "after": [row for row in held_out if row][-1],
+            "seconds": self.history[-1]["seconds"],
+            "best": asdict(best) if best else None,
+            "stopped_by": reason,
+        }
 
     def save(self, done: int) -> None:
         """A checkpoint after `done` updates. Tensors are gathered on all ranks, whatever happens to rank 0's disk."""
@@ -200,6 +252,8 @@ class Worker:
             finally:
                 for _ in tensors:
                     pass
+            if self.ranks.rank == 0:
+                self.export_best()
 
     def tensors(self) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
         yield "parameters", self.engine.full("parameters")
@@ -207,6 +261,8 @@ class Worker:
         yield "exp_avg_sq", self.engine.full("exp_avg_sq")
         if self.session.ema:
             yield "ema", self.session.ema.average
+        if self.best:
+            yield "best", self.best
 
     def report(self, row: dict[str, float]) -> None:
         """To the history, to the board, and to Ray, where a sweep listens."""
@@ -223,7 +279,7 @@ class Worker:
         self.add([], [path])
 
     def keep_before(self, shown: list[Picture]) -> None:
-        about = [{**vars(p), "image": None} for p in shown]
+        about = [{**vars(p), "image": None, "embedding": None} for p in shown]
         self.folder.write(f"{BEFORE}.safetensors", safetensors.torch.save({"images": torch.stack([p.image for p in shown])}))
         self.folder.write_json(f"{BEFORE}.json", about)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,12 @@ from raydiff.distributed.meter import PREFIX
 from raydiff.distributed.ranks import Ranks, plain
 from raydiff.distributed.score import RESTARTS, Group, Scorer, client
 from raydiff.distributed.weights import SyncError
+from raydiff.plan import cluster_nodes
 from raydiff.session import Session
 
 _STALENESS, _PROBE, _WAIT = (PREFIX + name for name in ("staleness", "probe_error", "learner_waited"))
 _WAITING = 8  # tickets that lie ready at the gate: handing it one takes Ray Data's loop longer than letting one pass
+_PATIENCE = 30.0  # seconds without a block after which a learner looks whether the generators still have room
 _NOISE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}  # relative, of one network on two devices
 
 
@@ -34,27 +36,28 @@ def blocks(run: Run) -> int:
     return run.batch.size // run.batch.micro
 
 
-def factory(
-    run: Run, store: Any, groups: list[Group], nodes: list[placement.Node], generator: type = Generator, **options: Any
-) -> Callable[[], Any]:
+def factory(run: Run, store: Any, groups: list[Group], generator: type = Generator, **options: Any) -> Callable[[], Any]:
     """What Ray Train calls at the start of each attempt: opens it in the store and returns its dataset.
 
-    `generator` and Ray's `options` for it are there for simulations.
+    An attempt has as many generators as the cluster then has room for, up to what the run asks for. `generator` and Ray's
+    `options` for it are there for simulations.
     """
-    claim = next(c for c in placement.claims(run, nodes) if c.pool == placement.GENERATE)
 
     def make() -> Any:
         import ray.data
         from ray.data import ActorPoolStrategy, DataContext
 
+        nodes = cluster_nodes()
+        claim = next(c for c in placement.claims(run, nodes) if c.pool == placement.GENERATE)
+        generators = max(1, placement.room(run, nodes, placement.GENERATE))
         attempt = secrets.token_hex(8)
-        ray.get(store.open.remote(attempt))
+        ray.get(store.open.remote(attempt, generators))
         context = DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         context.execution_no_progress_timeout_s = -1  # a slow update is no hang
         context.retried_map_errors, context.max_map_retries = True, 2
         context.issue_detectors_config.detectors = []  # they take a closed gate for a hanging task
-        faults = {"max_restarts": RESTARTS, "max_task_retries": RESTARTS}
+        faults = {"max_restarts": RESTARTS, "max_task_retries": -1}  # a node that is gone takes many tries to be called dead
         # One ticket is one row and one block: a block of several would be waited for as a whole. What makes and admits
         # tickets claims nothing: the run's pools may leave nothing.
         data = ray.data.read_datasource(
@@ -72,7 +75,7 @@ def factory(
             generator,
             fn_constructor_args=(run.model_dump_json(), store, attempt),
             batch_size=None,
-            compute=ActorPoolStrategy(size=claim.replicas, max_tasks_in_flight_per_actor=2),
+            compute=ActorPoolStrategy(size=generators, max_tasks_in_flight_per_actor=2),
             num_cpus=claim.cpus,
             num_gpus=claim.gpus or None,
             label_selector=dict(claim.labels) or None,
@@ -133,13 +136,14 @@ class Stream:
 
         self.session, self.store, self.ranks = session, store, ranks
         self.run, self.blocks = session.run, blocks(session.run)
-        self.attempt: str = ray.get(store.current.remote())
+        self.attempt, self.generators = ray.get(store.current.remote())
         self.digests: dict[int, str] = {}
         self.probes: dict[int, np.ndarray] = {}
         self.base: np.ndarray | None = None  # probe of the first version
         shard = ray.train.get_dataset_shard("train")
         # A batch is a block; prefetching would let blocks grow old in a buffer, and at staleness 0 wait for ever.
         self.iterator = iter(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
+        self.thread = ThreadPoolExecutor(1)
         self.first: Future[rows.Columns] | None = None  # on its way while the learner evaluates
         self.consumed = 0
         self.metrics: dict[str, float] = {}
@@ -157,7 +161,7 @@ class Stream:
             ray.get(self.store.publish.remote(self.attempt, version, arrays, self.consumed))
         if self.base is None:
             self.base = self.probes[version]
-            self.first = ThreadPoolExecutor(1).submit(self._pull)
+            self.first = self.thread.submit(self._pull)
         return {**self.metrics, f"{PREFIX}publish_seconds": time.monotonic() - start}
 
     def batches(self, step: int) -> Iterable[Rollouts]:
@@ -190,8 +194,10 @@ class Stream:
     def _next(self) -> tuple[rows.Columns, Exception | None]:
         """The next block with rows; or what was lost on the way to it. Raises what is final: a fault of the run itself."""
         try:
-            first, self.first = self.first, None
-            return first.result() if first else self._pull(), None
+            coming, self.first = self.first or self.thread.submit(self._pull), None
+            while not wait([coming], _PATIENCE).done:
+                self._check_room()
+            return coming.result(), None
         except Exception as error:
             if (cause := plain(error)) is not None:
                 raise cause from None
@@ -202,6 +208,16 @@ class Stream:
             if len(columns["ticket"]):
                 return columns
         raise RuntimeError("the generation pipeline ended before the run did")
+
+    def _check_room(self) -> None:
+        """Raise RuntimeError when part of the generators has lost its place.
+
+        Ray would keep their tickets until the place is back, and all blocks behind them; a new attempt makes do with the
+        others. When no generator has a place, waiting is all there is.
+        """
+        left = placement.room(self.run, cluster_nodes(), placement.GENERATE)
+        if 0 < left < self.generators:
+            raise RuntimeError(f"the cluster has room for {left} of {self.generators} generators left; the workers start again")
 
     def _check(self, columns: rows.Columns, step: int, expected: int) -> None:
         """Raise SyncError unless this is the block that is due, of weights that are young enough and were published."""

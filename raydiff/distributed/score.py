@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from raydiff.distributed.generate import device
 from raydiff.session import Scores, weights
 
 RESTARTS = 10  # of one actor; without an end, a crash at every start would loop for ever
+_PATIENCE, _PING = 20.0, 10.0  # seconds: for an answer, before a replica is asked whether it is there; and for that
 _ATTEMPTS = 3  # calls of a reward that raises, before it is believed
 
 
@@ -142,6 +143,26 @@ class RewardReplica:
             return _Answer(_arrays(score(pixels, prompts)[1]), None)
 
 
+class _Asked:
+    """A share of a question, put to a replica; or to another one of its group when that one has no place any more."""
+
+    def __init__(self, first: int, group: Group, replica: Any, request: tuple[Any, ...]) -> None:
+        self.first, self.group, self.replica, self.request = first, group, replica, request  # first: row of the share
+        self.ref = replica.score.remote(*request)
+
+    def answer(self, lost: dict[Any, Any]) -> _Answer | RewardError:
+        """Adds to `lost` a replica that has no place, with what is ready when it has one again."""
+        import ray
+
+        while not ray.wait([self.ref], timeout=_PATIENCE)[0]:
+            ping = lost.get(self.replica, self.replica.ready.remote())  # a busy replica answers this too
+            others = [replica for replica in self.group.replicas if replica is not self.replica and replica not in lost]
+            if not ray.wait([ping], timeout=_PING)[0] and others:
+                lost[self.replica] = ping
+                self.replica, self.ref = others[0], others[0].score.remote(*self.request)
+        return ray.get(self.ref)
+
+
 @dataclass
 class RewardClient:
     """What a learner, or the pipeline, asks the pool through. Learners share the replicas out among themselves."""
@@ -152,6 +173,7 @@ class RewardClient:
     rank: int = 0
     workers: int = 1
     store: Any = None  # the weight store, which keeps the pools' counters
+    lost: dict[Any, Any] = field(default_factory=dict)  # replicas without a place, with what is ready when they are back
 
     def scores(self) -> Scores:
         """For a Session: exact gradients of rewards that are computed elsewhere."""
@@ -170,16 +192,23 @@ class RewardClient:
 
     def mine(self, replicas: Sequence[Any]) -> Sequence[Any]:
         """This learner's replicas: its share of many, or one that it shares with other learners."""
-        first, last = (r * len(replicas) // self.workers for r in (self.rank, self.rank + 1))
-        return replicas[first : max(last, first + 1)]
+        there = [replica for replica in replicas if replica not in self.lost] or replicas
+        first, last = (r * len(there) // self.workers for r in (self.rank, self.rank + 1))
+        return there[first : max(last, first + 1)]
+
+    def _look(self) -> None:
+        """Forget lost replicas that are back."""
+        import ray
+
+        self.lost = {replica: ping for replica, ping in self.lost.items() if not ray.wait([ping], timeout=0)[0]}
 
     def _ask(self, images: Tensor, prompts: Sequence[str], *, evaluation: bool, gradient: bool) -> tuple[Tensor, Parts, Tensor]:
         """All groups at once, each picture by one replica of each."""
-        import ray
 
         start = time.monotonic()
         pixels = images.detach().cpu().numpy()
-        asked: list[tuple[int, Any]] = []  # the first row of a share, and its answer to come
+        asked: list[_Asked] = []
+        self._look()
         for group in self.groups:
             if not evaluation and self.held_out.issuperset(group.names):
                 continue
@@ -187,12 +216,13 @@ class RewardClient:
             for rows_of in np.array_split(np.arange(len(prompts)), len(replicas)):
                 if len(rows_of):
                     share, texts = pixels[rows_of[0] : rows_of[-1] + 1], [prompts[i] for i in rows_of]
-                    replica = replicas[len(asked) % len(replicas)]
-                    asked.append((int(rows_of[0]), replica.score.remote(share, texts, evaluation, gradient)))
+                    request = (share, texts, evaluation, gradient)
+                    asked.append(_Asked(int(rows_of[0]), group, replicas[len(asked) % len(replicas)], request))
         parts: dict[str, np.ndarray] = {}
         grads = np.zeros_like(pixels) if gradient else np.zeros(0)
         counters = {"images": len(prompts), "busy": 0.0, "idle": 0.0}
-        for first, answer in zip((row for row, _ in asked), ray.get([ref for _, ref in asked]), strict=True):
+        for share_of in asked:
+            first, answer = share_of.first, share_of.answer(self.lost)
             if isinstance(answer, RewardError):
                 raise RewardError(answer.name, answer.message, None if answer.row is None else first + answer.row)
             for name, values in answer.parts.items():
@@ -238,7 +268,7 @@ def start(run: Run, nodes: Sequence[placement.Node]) -> list[Group]:
             label_selector=dict(claim.labels) or None,
             runtime_env=environment or None,
             max_restarts=RESTARTS,
-            max_task_retries=RESTARTS,
+            max_task_retries=-1,  # a node that is gone takes many tries to be called dead
         )(RewardReplica)
         replicas = tuple(actor.remote(run.model_dump_json(), tuple(rewards)) for _ in range(run.pools.reward.replicas))
         groups.append(Group(tuple(rewards), replicas))

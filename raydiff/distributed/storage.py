@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import re
 import secrets
 import shutil
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from pyarrow import fs as pafs
+from tenacity import Retrying, before_sleep_log, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from raydiff.data.files import locate
+
+P = ParamSpec("P")
+T = TypeVar("T")
+PATIENCE = 600.0  # seconds that a run waits for a storage that is away
+_log = logging.getLogger(__name__)
 
 DRAFT = ".draft"  # ending of files that are being written
 # Object stores show an object when it is whole; to move one would copy it.
@@ -23,14 +34,56 @@ class StorageError(OSError):
     """The storage cannot be written; names the folder and, on a disk, the free space."""
 
 
-class Folder:
-    """A folder by path or URI. Paths inside are relative, with slashes; writing makes what is missing above."""
+# What may pass: how a shared disk, and the clients of S3, GCS and Azure inside pyarrow, say that nobody answered.
+_AWAY_CODES = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNRESET,
+    errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE,
+}  # fmt: skip
+_AWAY_WORDS = re.compile(
+    r"NETWORK_CONNECTION|SERVICE_UNAVAILABLE|SLOW_DOWN|THROTTLING|INTERNAL_FAILURE|REQUEST_TIMEOUT|curlCode|HTTP status 5\d\d"
+    r"|UNAVAILABLE|DEADLINE_EXCEEDED|ServerBusy|OperationTimedOut"
+)
+_REFUSED = re.compile(r"ACCESS_DENIED|PERMISSION_DENIED|UNAUTHENTICATED|NO_CREDENTIALS|HTTP status 40[13]")
 
-    def __init__(self, uri: str | Path) -> None:
+
+def away(error: BaseException) -> bool:
+    """Whether the storage did not answer, which may pass; a full disk, a missing bucket and a refusal do not."""
+    if not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
+        return False
+    return error.errno in _AWAY_CODES or (error.errno is None and bool(_AWAY_WORDS.search(str(error))))
+
+
+def _patiently(operation: Callable[Concatenate[Folder, P], T]) -> Callable[Concatenate[Folder, P], T]:
+    """A method that is tried again, ever more rarely, while the storage is away; all of them may be done twice."""
+
+    @wraps(operation)
+    def tried(self: Folder, *args: P.args, **kwargs: P.kwargs) -> T:
+        for attempt in Retrying(
+            retry=retry_if_exception(away),
+            stop=stop_after_delay(self.patience),
+            wait=wait_random_exponential(multiplier=1, max=30),
+            before_sleep=before_sleep_log(_log, logging.WARNING),
+            reraise=True,
+        ):
+            with attempt:
+                return operation(self, *args, **kwargs)
+        raise AssertionError("unreachable")
+
+    return tried
+
+
+class Folder:
+    """A folder by path or URI. Paths inside are relative, with slashes; writing makes what is missing above.
+
+    `patience`: seconds that an operation waits for a storage that is away.
+    """
+
+    def __init__(self, uri: str | Path, patience: float = 0.0) -> None:
+        self.patience = patience
         self.uri, self.fs, self.root = locate(uri)
 
     def __truediv__(self, name: str) -> Folder:
-        return Folder(f"{self.uri.rstrip('/')}/{name}")
+        return Folder(f"{self.uri.rstrip('/')}/{name}", self.patience)
 
     def __str__(self) -> str:
         return self.uri
@@ -44,6 +97,7 @@ class Folder:
         """The folder as a path of this machine's filesystem, if it is one."""
         return Path(self.root) if isinstance(self.fs, pafs.LocalFileSystem) else None
 
+    @_patiently
     def write(self, path: str, data: bytes) -> None:
         """Raises StorageError when the disk is full or the folder cannot be written."""
         target = f"{self.root}/{path}"
@@ -59,6 +113,7 @@ class Folder:
         self.fs.create_dir(str(PurePosixPath(f"{self.root}/{path}").parent), recursive=True)
         return self.fs.open_output_stream(f"{self.root}/{path}")
 
+    @_patiently
     def publish(self, path: str, data: bytes) -> None:
         """Write a file that is never seen half, even by who dies over it. Raises StorageError."""
         if isinstance(self.fs, _ALL_AT_ONCE):
@@ -79,6 +134,7 @@ class Folder:
         for file in sorted(f for f in folder.rglob("*") if f.is_file()):
             self.write(f"{path}/{file.relative_to(folder).as_posix()}", file.read_bytes())
 
+    @_patiently
     def read(self, path: str) -> bytes:
         """Raises FileNotFoundError."""
         with self.fs.open_input_stream(f"{self.root}/{path}") as stream:
@@ -87,21 +143,25 @@ class Folder:
     def read_json(self, path: str) -> Any:
         return json.loads(self.read(path))
 
+    @_patiently
     def size(self, path: str) -> int | None:
         """Bytes of a file, None when there is no such file."""
         info = self.fs.get_file_info(f"{self.root}/{path}")
         return info.size if info.is_file else None
 
+    @_patiently
     def files(self, path: str = "") -> list[str]:
         """Names of the files right below `path`, sorted; [] when there is no such folder."""
         found = self.fs.get_file_info(pafs.FileSelector(f"{self.root}/{path}".rstrip("/"), allow_not_found=True))
         return sorted(info.base_name for info in found if info.is_file)
 
+    @_patiently
     def folders(self) -> list[str]:
         """Names of the folders right below, sorted."""
         found = self.fs.get_file_info(pafs.FileSelector(self.root, allow_not_found=True))
         return sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
 
+    @_patiently
     def exists(self) -> bool:
         return self.fs.get_file_info(self.root).type == pafs.FileType.Directory
 
@@ -114,6 +174,7 @@ class Folder:
             if name.endswith(DRAFT):
                 self.fs.delete_file(f"{self.root}/{path}/{name}")
 
+    @_patiently
     def delete(self, name: str) -> None:
         """Delete a folder below, if it is there."""
         if (self / name).exists():
@@ -122,14 +183,18 @@ class Folder:
     def check_writable(self) -> None:
         """Raises StorageError."""
         self.write(".writable", b"?")
-        self.fs.delete_file(f"{self.root}/.writable")
+        try:
+            self.fs.delete_file(f"{self.root}/.writable")
+        except OSError as error:
+            raise self._failed(".writable", 0, error) from error
 
     def _failed(self, path: str, size: int, error: OSError) -> StorageError:
-        free = ""
+        free = "; credentials come from the environment alone, see docs/clusters.md" if _REFUSED.search(str(error)) else ""
         if self.local is not None:
             above = next(folder for folder in (self.local, *self.local.parents) if folder.exists())
             free = f"; {_mib(shutil.disk_usage(above).free)} are free there"
-        return StorageError(f"cannot write {path} ({_mib(size)}) in {self.uri}: {error}{free}")
+        # With its number, by which `away` knows it
+        return StorageError(error.errno, f"cannot write {path} ({_mib(size)}) in {self.uri}: {error}{free}")
 
 
 def _mib(size: int) -> str:

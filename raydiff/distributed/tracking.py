@@ -20,7 +20,7 @@ from typing import Any
 from raydiff.config import ConfigError, Run, flat
 from raydiff.distributed.storage import Folder
 
-NAME_TAG = "raydiff.name"
+NAME_TAG, BEST_TAG, STOPPED_TAG = "raydiff.name", "raydiff.best", "raydiff.stopped_by"
 _LONGEST = 6000  # characters of a parameter's value
 _AT_ONCE = 100  # parameters in one request
 
@@ -57,8 +57,11 @@ class Tracker:
             copy.write_bytes(folder.read(path))
             self.client().log_artifact(self.run_id, str(copy), None if parent == "." else parent)
 
-    def finish(self, status: str) -> None:
-        self.client().set_terminated(self.run_id, status)
+    def finish(self, status: str, tags: Mapping[str, str]) -> None:
+        client = self.client()
+        for name, value in tags.items():
+            client.set_tag(self.run_id, name, value)
+        client.set_terminated(self.run_id, status)
 
 
 def uri(run: Run) -> str:
@@ -146,6 +149,26 @@ def of_comparison(folder: Path, files: Sequence[Path]) -> Tracker:
         files=[*files, *sorted((folder / "runs").glob("*.json"))],
         params={name: found[name] for name in ("machine", "date", "seeds")},
     )
+
+
+def record(run: Run, name: str, metrics: Mapping[str, float], files: Sequence[Path], of: str) -> Tracker:
+    """A finished MLflow run of its own, with local files as artifacts.
+
+    `of` names a started run; where its MLflow run is in this experiment, the new one stands below it.
+    """
+    from mlflow.entities import Metric
+    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+    experiment_id, client = prepare(run), _client(uri(run))
+    found = client.search_runs([experiment_id], f"tags.`{NAME_TAG}` = '{of}'", max_results=1)
+    tags = {MLFLOW_PARENT_RUN_ID: found[0].info.run_id} if found else {}
+    tracker = Tracker(uri(run), client.create_run(experiment_id, tags=tags, run_name=name).info.run_id)
+    now = int(time.time() * 1000)
+    client.log_batch(tracker.run_id, metrics=[Metric(metric, value, now, 0) for metric, value in metrics.items()])
+    for file in files:
+        client.log_artifact(tracker.run_id, str(file))
+    tracker.finish("FINISHED", {})
+    return tracker
 
 
 def parameter(value: Any) -> str:

@@ -71,24 +71,25 @@ class WeightStore:
         self.bytes, self.gate_waited = 0, 0.0
         self.pools: dict[str, dict[str, float]] = {}
         self.gauges: dict[str, Any] = {}
-        self._reset(None)
+        self._reset(None, 0)
 
-    def _reset(self, attempt: str | None) -> None:
-        self.attempt, self.closed = attempt, False
+    def _reset(self, attempt: str | None, generators: int) -> None:
+        self.attempt, self.generators, self.closed = attempt, generators, False
         self.version: int | None = None
         self.first = 0  # the version that the attempt started from
         self.box: list[Any] = []  # a reference to the weights; in a list Ray hands it on unread
         self.admitted, self.consumed = 0, 0  # blocks
         self.waiting_for: int | None = None  # the version that the gate waits for
 
-    async def open(self, attempt: str) -> None:
-        """A new attempt begins: nothing is published yet."""
+    async def open(self, attempt: str, generators: int) -> None:
+        """A new attempt begins, with so many generators: nothing is published yet."""
         async with self.changed:
-            self._reset(attempt)
+            self._reset(attempt, generators)
             self.changed.notify_all()
 
-    async def current(self) -> str | None:
-        return self.attempt
+    async def current(self) -> tuple[str | None, int]:
+        """The attempt and its number of generators."""
+        return self.attempt, self.generators
 
     async def publish(self, attempt: str, version: int, weights: Arrays, consumed: int) -> None:
         """Make `weights` the newest; the first call of an attempt says where it starts.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from raydiff.core.denoise import Predict, denoise
+from raydiff.core.guard import squared_distance
 from raydiff.core.learner import Metrics
 from raydiff.core.policy import Policy
 from raydiff.core.reward_vjp import Parts
@@ -58,7 +59,7 @@ def with_drift(policy: Policy, predict: Predict, prompts: list[str], kl: float) 
         out = predict(x, time)
         with torch.no_grad(), policy.model.reference():
             reference = policy.predict(prompts)(x.detach(), time)
-        drift.append((out - reference).square().flatten(1).mean(1))
+        drift.append(squared_distance(out, reference))
         return out
 
     return measured, drift

@@ -160,10 +160,14 @@ class StableDiffusion:
         vae = self.pipe.vae
         return vae.encode((images * 2 - 1).to(self.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
 
+    @property
+    def has_reference(self) -> bool:
+        return self._frozen is not None or hasattr(self.denoiser, "peft_config")
+
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Adapter off; in full fine-tuning, the frozen copy. Raises RuntimeError when no copy was asked for."""
-        if self._frozen is None and not hasattr(self.denoiser, "peft_config"):
+        if not self.has_reference:
             raise RuntimeError("full fine-tuning without a frozen copy: build the model with reference=True")
         self._in_reference = True
         try:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from raydiff import placement
+from raydiff import placement, watch
 from raydiff.config import Geometry, Run, geometry
 from raydiff.core.policy import Calls
 from raydiff.placement import Claim, Node
@@ -64,12 +64,12 @@ def plan(run: Run, machine: Machine) -> Plan:
     claims = placement.claims(run, machine.nodes)
     notes += _idle_generators(run)
 
-    update, evaluation = count(run)
-    evaluations = 1 + sum(s % run.evaluate.every == 0 or s == run.train.updates for s in range(1, run.train.updates + 1))
+    update, evaluation, probe = count(run)
+    evaluations = 1 + sum(watch.due(run, s) for s in range(1, run.train.updates + 1))
     total = Calls(
         *(
-            u * run.train.updates + e * evaluations
-            for u, e in zip(vars(update).values(), vars(evaluation).values(), strict=True)
+            u * run.train.updates + e * evaluations + p
+            for u, e, p in zip(*(vars(calls).values() for calls in (update, evaluation, probe)), strict=True)
         )
     )
 

@@ -20,8 +20,8 @@ from raydiff.session import Session
 _DRAWS = 16  # updates to average a method's cost over, where it draws its point
 
 
-def count(run: Run) -> tuple[Calls, Calls]:
-    """(calls of an update, calls of an evaluation), counted while the run's own method trains a model of one weight.
+def count(run: Run) -> tuple[Calls, Calls, Calls]:
+    """Calls of an update, of an evaluation and of making the drift probe, counted while the run's own method trains one weight.
 
     Where a method draws its point, the mean over the run's first updates.
     """
@@ -29,11 +29,27 @@ def count(run: Run) -> tuple[Calls, Calls]:
     updates = min(_DRAWS, run.train.updates)
     for step in range(updates):
         session.update(Backward(), step)
-    session.evaluate()
+    picture = _evaluation(session)
+    session.run = session.run.model_copy(update={"evaluate": Evaluate(images=1, batch=1, drift_images=1, clip=None)})
+    first, probed = _evaluation(session), _evaluation(session)
+    has_reference = run.model.train == "lora" or run.method.needs_reference
+    probes = min(run.evaluate.drift_images, run.evaluate.images) if has_reference else 0
+
+    def each(images: int, probes: int, more: Calls, less: Calls) -> Calls:
+        return Calls(**{n: images * vars(picture)[n] + probes * (vars(more)[n] - vars(less)[n]) for n in vars(picture)})
+
     return (
         Calls(**{name: round(run.batch.size * n / updates) for name, n in vars(session.policy.calls).items()}),
-        Calls(**{name: run.evaluate.images * n for name, n in (vars(session.judge.calls) | {"reward_queries": 1}).items()}),
+        each(run.evaluate.images, probes, probed, picture),
+        each(0, probes, first, probed),
     )
+
+
+def _evaluation(session: Session) -> Calls:
+    """Of a single picture."""
+    session.judge.calls = Calls(reward_queries=1)
+    session.evaluate()
+    return session.judge.calls
 
 
 class _Stub(ModelConfig):
@@ -48,6 +64,7 @@ class _StubModel:
 
     device = torch.device("cpu")
     latent_shape = (1, 1, 1)
+    has_reference = True
 
     def __init__(self) -> None:
         self.denoiser: nn.Module = nn.Linear(1, 1, bias=False)
@@ -103,6 +120,6 @@ def small(run: Run, model: Any, micro: int, **sampler: Any) -> Run:
             "generation": Generation(),
             "prompts": Prompts(train=("a",), held_out=("b",)),
             "rewards": Rewards.model_validate({"mean": _Mean()}),
-            "evaluate": Evaluate(images=1, batch=1),
+            "evaluate": Evaluate(images=1, batch=1, drift_images=0, clip=None),
         }
     )

@@ -76,6 +76,9 @@ def load_frozen(model_class: Any, name: str, dtype: Dtype = "float32") -> Any:
 
     Raises ValueError when a weight is missing: transformers would go on with random numbers in its place.
     """
+    import transformers
+
+    transformers.logging.disable_progress_bar()
     model, info = model_class.from_pretrained(name, use_safetensors=True, dtype=getattr(torch, dtype), output_loading_info=True)
     if info["missing_keys"]:
         raise ValueError(

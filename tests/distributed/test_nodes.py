@@ -1,9 +1,9 @@
 """Pools on simulated nodes with labels: who runs where, and what happens when a node goes."""
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,21 +86,11 @@ def reference(labelled: MakeRun) -> list[dict[str, float]]:
 
 def disturbed(run: Run, disturb: Callable[[], None]) -> Result:
     """The run, with something done to the cluster after its first update's checkpoint."""
-    failed: list[BaseException] = []
-
-    def later() -> None:
-        try:
-            wait_for(index(run.storage, 1))
-            disturb()
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=later, daemon=True)
-    thread.start()
-    result = train(run)
-    thread.join()
-    assert not failed, failed
-    return result
+    with ThreadPoolExecutor(1) as thread:  # for the run: Ray adds nodes in the main thread only
+        running = thread.submit(train, run)
+        wait_for(index(run.storage, 1))
+        disturb()
+        return running.result()
 
 
 def test_a_removed_generation_node(nodes: Nodes, labelled: MakeRun, tmp_path: Path) -> None:
@@ -128,3 +118,12 @@ def test_a_removed_reward_node(nodes: Nodes, labelled: MakeRun, tmp_path: Path) 
 
     run = labelled({"storage": str(tmp_path), "rewards.blue.pause": 0.5})
     assert_equal_step_by_step(disturbed(run, disturb), reference(labelled))
+
+
+def test_a_reward_node_removed_for_good(nodes: Nodes, labelled: MakeRun, tmp_path: Path) -> None:
+    second = nodes.add("reward")
+    run = labelled(
+        {"storage": str(tmp_path), "rewards.blue.pause": 0.5, "pools.reward.replicas": 2, "pools.reward.num_cpus": 1}
+    )
+    result = disturbed(run, lambda: nodes.cluster.remove_node(second, allow_graceful=False))
+    assert_equal_step_by_step(result, reference(labelled))

@@ -76,7 +76,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Callable[..., WeightStore]:
 def test_gate_waits_for_the_version_that_the_bound_needs(store: Callable[..., WeightStore]) -> None:
     async def scenario() -> None:
         gate = store(blocks=2, max_staleness=1)
-        await gate.open("one")
+        await gate.open("one", 1)
         early = asyncio.create_task(gate.admit("one", 0))
         await asyncio.sleep(0)
         assert not early.done()  # nothing is published
@@ -99,11 +99,11 @@ def test_gate_waits_for_the_version_that_the_bound_needs(store: Callable[..., We
 def test_an_earlier_attempt_and_the_end_get_no_block(store: Callable[..., WeightStore]) -> None:
     async def scenario() -> None:
         gate = store(blocks=2, max_staleness=0, updates=2)
-        await gate.open("one")
+        await gate.open("one", 1)
         await gate.publish("one", 0, SMALL, 0)
         waiting = asyncio.create_task(gate.admit("one", 2))
         await asyncio.sleep(0)
-        await gate.open("two")
+        await gate.open("two", 1)
         assert await waiting is None
         assert await gate.admit("one", 0) is None
         for call in (gate.publish("one", 1, SMALL, 0), gate.latest("one", None), gate.latest("two", None)):
@@ -138,7 +138,7 @@ def test_status_is_rays_gauges_too(store: Callable[..., WeightStore], monkeypatc
 
     async def scenario() -> None:
         gate = store()
-        await gate.open("one")
+        await gate.open("one", 1)
         await gate.publish("one", 3, SMALL, 0)
         await gate.report("generate", {"images": 4.0})
         await gate.status()

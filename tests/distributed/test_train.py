@@ -99,7 +99,10 @@ def test_what_a_run_leaves(uninterrupted: Result, ray_run: MakeRun) -> None:
             yield from files(item.path) if item.is_dir else (item.path,)
 
     grids = {f"pictures/step_{n:06d}.png" for n in (0, 2, 4)} | {"pictures/before_after.png"}
-    assert set(files()) == {"run.json", f"adapter/{WEIGHTS}", *grids}
+    best = {f"adapter_best/{WEIGHTS}", "adapter_best/best.json"}
+    assert set(files()) == {"run.json", f"adapter/{WEIGHTS}", *best, *grids}
+    for metric in ("drift", "latent_norm", "diversity"):
+        assert steps(uninterrupted, metric) == [0, 2, 4], metric
 
 
 def test_adapter_is_the_average_and_loads_without_raydiff(uninterrupted: Result, ray_run: MakeRun, tmp_path: Path) -> None:
