@@ -176,6 +176,25 @@ def score(
 
 
 @app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep file: a recipe, and what to vary.")],
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Run again what failed in a sweep, from checkpoints.")
+    ] = None,
+) -> None:
+    """Run a recipe with many settings, by Ray Tune. Exit code 1 when a trial failed."""
+    from raydiff.search import load
+
+    config = load(file, overrides or ())
+
+    import raydiff.distributed.sweep
+
+    if raydiff.distributed.sweep.sweep(config, resume=resume).failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def bench(
     to: Annotated[Path, typer.Option(metavar="FOLDER", help="Where records and report go.")] = Path("bench"),
     quick: Annotated[

@@ -6,6 +6,7 @@ import secrets
 import shlex
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,32 +64,55 @@ def train(run: Run, *, resume: str | Path | None = None) -> Result:
             use_gpu = connect(run)
         folder.write(RUN, run.model_dump_json(indent=1).encode())
         tracker = tracking.start(run, experiment.result(), folder.name, folder)
-        if short := _not_free(run):
-            progress.say(f"waiting for {short}: other work holds them")
-        board = _board(tracker, folder)
-        store = _store(run, folder) if "pool" in (run.generation.where, run.rewards.where) else None
-        status, tags = "FAILED", dict[str, str]()
-        try:
-            progress.waiting("loading rewards")
-            rewards = score.start(run, cluster_nodes()) if run.rewards.where == "pool" else []
-            progress.waiting("starting workers")
-            outcome = _follow(run, _fit(run, folder, board, use_gpu, store, rewards), board, progress, store)
-            status = "FINISHED" if "finished" in outcome else "KILLED" if "stopped" in outcome else "FAILED"
-            tags = _tags(outcome.get("finished", {}))
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        except Exception as error:
-            error.add_note(f"Its checkpoints are in {folder}; --resume {folder.name} goes on after the newest.")
-            raise
-        finally:
-            _close(board, tracker, status, tags, progress)
+        outcome = _carried_out(run, folder, tracker, use_gpu, progress)
     if "refused" in outcome:
         raise Refused(*outcome["refused"]).error()
     if "stopped" in outcome:
         print(f"stopped after update {outcome['stopped']} of {run.train.updates}; go on with --resume {folder.name}")
         raise KeyboardInterrupt
     return _finished(run, folder, tracker, outcome["finished"])
+
+
+def trial(run: Run, name: str, tags: Mapping[str, str], progress: Progress) -> None:
+    """One trial of a sweep in the folder `name` of the storage: begun, or continued after its newest checkpoint.
+
+    `progress` gets the rows, those from before included. Its MLflow run, found again by name, carries `tags`. Raises what
+    `train` does.
+    """
+    folder = Folder(run.storage) / name
+    if folder.size(RUN) is not None:
+        checkpoint.check_same_run(folder.read_json(RUN), run)
+    folder.write(RUN, run.model_dump_json(indent=1).encode())
+    tracker = tracking.start(run, tracking.prepare(run), name, folder, tags)
+    use_gpu = placement.claims(run, cluster_nodes())[0].gpus > 0
+    outcome = _carried_out(run, folder, tracker, use_gpu, progress)
+    if "refused" in outcome:
+        raise Refused(*outcome["refused"]).error()
+
+
+def _carried_out(run: Run, folder: Folder, tracker: Tracker, use_gpu: bool, progress: Progress) -> dict[str, Any]:
+    """Start pools and workers, and follow them to the end: what `learn.work` returned."""
+    if short := _not_free(run):
+        progress.say(f"waiting for {short}: other work holds them")
+    board = _board(tracker, folder)
+    store = _store(run, folder) if "pool" in (run.generation.where, run.rewards.where) else None
+    status, said = "FAILED", dict[str, str]()
+    try:
+        progress.waiting("loading rewards")
+        rewards = score.start(run, cluster_nodes()) if run.rewards.where == "pool" else []
+        progress.waiting("starting workers")
+        outcome = _follow(run, _fit(run, folder, board, use_gpu, store, rewards), board, progress, store)
+        status = "FINISHED" if "finished" in outcome else "KILLED" if "stopped" in outcome else "FAILED"
+        said = _tags(outcome.get("finished", {}))
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    except Exception as error:
+        error.add_note(f"Its checkpoints are in {folder}; --resume {folder.name} goes on after the newest.")
+        raise
+    finally:
+        _close(board, tracker, status, said, progress)
+    return outcome
 
 
 def preflight(run: Run) -> None:

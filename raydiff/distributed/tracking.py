@@ -90,7 +90,7 @@ def experiment(uri: str, name: str, folder: Folder) -> str:
     return str(client.create_experiment(name, artifact_location=None if server else (folder / "mlartifacts" / name).uri))
 
 
-def start(run: Run, experiment_id: str, name: str, folder: Folder) -> Tracker:
+def start(run: Run, experiment_id: str, name: str, folder: Folder, tags: Mapping[str, str] | None = None) -> Tracker:
     """The MLflow run of a started run: found by its name's tag, or made with the run's fields as parameters."""
     from mlflow.entities import Param
 
@@ -100,7 +100,7 @@ def start(run: Run, experiment_id: str, name: str, folder: Folder) -> Tracker:
         run_id = found[0].info.run_id
         client.update_run(run_id, status="RUNNING")
     else:
-        run_id = client.create_run(experiment_id, tags={NAME_TAG: name}, run_name=name).info.run_id
+        run_id = client.create_run(experiment_id, tags={NAME_TAG: name, **(tags or {})}, run_name=name).info.run_id
         params = [Param(path, parameter(value)) for path, value in flat(run).items()]
         for i in range(0, len(params), _AT_ONCE):
             client.log_batch(run_id, params=params[i : i + _AT_ONCE])
@@ -169,6 +169,31 @@ def record(run: Run, name: str, metrics: Mapping[str, float], files: Sequence[Pa
         client.log_artifact(tracker.run_id, str(file))
     tracker.finish("FINISHED", {})
     return tracker
+
+
+def open_run(uri: str, experiment_id: str, name: str, fields: Mapping[str, Any]) -> Tracker:
+    """The running MLflow run of a sweep: found by its name's tag, or made with `fields` as parameters."""
+    from mlflow.entities import Param
+
+    client = _client(uri)
+    if found := client.search_runs([experiment_id], f"tags.`{NAME_TAG}` = '{name}'", max_results=1):
+        client.update_run(found[0].info.run_id, status="RUNNING")
+        return Tracker(uri, found[0].info.run_id)
+    run_id = client.create_run(experiment_id, tags={NAME_TAG: name}, run_name=name).info.run_id
+    client.log_batch(run_id, params=[Param(key, parameter(value)) for key, value in fields.items()])
+    return Tracker(uri, run_id)
+
+
+def close_trials(uri: str, parent: str, status: Mapping[str, str]) -> None:
+    """End the MLflow runs of trials that could not do it themselves. `status` by trial: finished, stopped early or failed."""
+    client = _client(uri)
+    experiment_id = client.get_run(parent).info.experiment_id
+    for run in client.search_runs([experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'", max_results=5000):
+        became = status.get(run.data.tags["ray.trial_id"])
+        if became == "stopped early":
+            client.set_tag(run.info.run_id, STOPPED_TAG, "the sweep's scheduler")
+        if run.info.status == "RUNNING" and became:
+            client.set_terminated(run.info.run_id, "FAILED" if became == "failed" else "FINISHED")
 
 
 def parameter(value: Any) -> str:

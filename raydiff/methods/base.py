@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from pydantic import Field
@@ -17,6 +18,14 @@ from raydiff.core.rollouts import Rollouts
 from raydiff.core.schedule import Schedule
 
 
+class UsualBeta(NamedTuple):
+    """What a method's β means, and the range in which it has been useful."""
+
+    low: float
+    high: float
+    meaning: str
+
+
 class Method(PluginConfig):
     """Which points of a trajectory to keep, and the loss on them."""
 
@@ -26,6 +35,11 @@ class Method(PluginConfig):
     """Passes over the samples of an update. More than one trains on samples of slightly older weights."""
     minibatches: int = Field(1, ge=1)
     """Optimiser steps in a pass; must divide the micro-batches of each worker."""
+
+    @property
+    def usual_beta(self) -> UsualBeta | None:
+        """Sweeps refuse a β outside it. None: the method has no β, or one that depends on the rewards' scale."""
+        return None
 
     @property
     def needs_reference(self) -> bool:

@@ -17,7 +17,7 @@ from raydiff.core.learner import Metrics
 from raydiff.core.policy import Policy
 from raydiff.core.preferences import Which, accuracy, logistic_loss, mean_over, preferred_pairs
 from raydiff.core.rollouts import Rollouts
-from raydiff.methods.base import CleanMethod
+from raydiff.methods.base import CleanMethod, UsualBeta
 
 
 class Plugin(CleanMethod):
@@ -36,6 +36,10 @@ class Plugin(CleanMethod):
     """Probability that both captions of a pair become the empty one."""
     objective: Literal["dpo", "ipo"] = "dpo"
     """Logistic loss, or IPO's squared distance of the log-ratio to 1/(2·beta), times beta² (Azar et al. 2023, eq. 17)."""
+
+    @property
+    def usual_beta(self) -> UsualBeta:
+        return UsualBeta(10, 100_000, "the factor of squared errors that are means over the latent, published as 2000 to 5000")
 
     @property
     def needs_reference(self) -> bool:
