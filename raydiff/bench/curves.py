@@ -15,38 +15,47 @@ from typing import Any
 import numpy as np
 
 from raydiff.bench.measure import COSTS
+from raydiff.bench.settings import Keep, Settings
 
 RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One run."""
+    """One run. Where it is not `aligned`, the reward was bought with pictures of something else and does not count."""
 
     prompts: tuple[str, ...]  # (P,)
     steps: np.ndarray  # (E,)
     costs: Mapping[str, np.ndarray]  # each (E,), ascending
     rewards: Mapping[str, np.ndarray]  # each (E,P)
+    aligned: np.ndarray  # (E,) bool
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Curve:
+    def of(cls, record: Mapping[str, Any], keep: Keep) -> Curve:
         rows = record["evaluations"]
+        rewards = {name: np.array([row["rewards"][name] for row in rows]) for name in rows[0]["rewards"]}
+        alignment = rewards[keep.reward].mean(1)
         return cls(
             tuple(record["prompts"]),
             np.array([row["step"] for row in rows]),
             {cost: np.array([row[cost] for row in rows], float) for cost in COSTS},
-            {name: np.array([row["rewards"][name] for row in rows]) for name in rows[0]["rewards"]},
+            rewards,
+            alignment >= keep.share * alignment[0],
         )
+
+    def paid(self, cost: np.ndarray, threshold: float, pictures: Any = slice(None)) -> float:
+        """Cost (E,) at which the mean reward of some pictures reaches a threshold; inf if it never does while aligned."""
+        return crossing(cost, np.where(self.aligned, self.rewards["total"][:, pictures].mean(1), -np.inf), threshold)
 
     def mean(self, name: str = "total") -> np.ndarray:
         """(E,) over pictures."""
         return self.rewards[name].mean(1)
 
 
-def read(folder: Path, task: str, method: str, seeds: Sequence[int]) -> list[Curve]:
+def read(folder: Path, task: str, method: str, settings: Settings) -> list[Curve]:
     """The curves that are there, by seed."""
-    files = [record_file(folder, task, method, seed) for seed in seeds]
-    return [Curve.of(json.loads(file.read_text())) for file in files if file.is_file()]
+    files = [record_file(folder, task, method, seed) for seed in settings.seeds]
+    return [Curve.of(json.loads(file.read_text()), settings.keep) for file in files if file.is_file()]
 
 
 def record_file(folder: Path, task: str, method: str, seed: int) -> Path:
@@ -54,13 +63,16 @@ def record_file(folder: Path, task: str, method: str, seed: int) -> Path:
 
 
 def crossing(cost: np.ndarray, reward: np.ndarray, threshold: float) -> float:
-    """Cost (E,) at which the reward (E,) first reaches a threshold, linear between evaluations; inf if it never does."""
+    """Cost (E,) at which the reward (E,) first reaches a threshold, linear between evaluations; inf if it never does.
+
+    A reward of -inf does not count, nor does what lies between it and the next.
+    """
     above = np.flatnonzero(reward >= threshold)
     if not len(above):
         return float("inf")
     i = above[0]
-    if i == 0:
-        return float(cost[0])
+    if i == 0 or np.isinf(reward[i - 1]):
+        return float(cost[i])
     share = (threshold - reward[i - 1]) / (reward[i] - reward[i - 1])
     return float(cost[i - 1] + share * (cost[i] - cost[i - 1]))
 
@@ -108,17 +120,14 @@ class Price:
 
     def point(self, cost: str) -> float:
         """Median over seeds."""
-        return median([crossing(c.costs[cost], c.mean(), self.threshold) for c in self.curves])
+        return median([c.paid(c.costs[cost], self.threshold) for c in self.curves])
 
     @cached_property
     def resampled(self) -> np.ndarray:
         """(N,) reward queries."""
-        means = [[c.rewards["total"][:, pictures].mean(1) for pictures in self.draws.pictures] for c in self.curves]
+        draws, t = self.draws.pictures, self.threshold
         prices = np.array(
-            [
-                [crossing(c.costs["reward_queries"], y, self.threshold) for y in each]
-                for c, each in zip(self.curves, means, strict=True)
-            ]
+            [[c.paid(c.costs["reward_queries"], t, pictures) for pictures in draws] for c in self.curves]
         )  # (R,N)
         return np.array([median(prices[chosen, n]) for n, chosen in enumerate(self.draws.seeds)])
 

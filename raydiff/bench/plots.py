@@ -33,7 +33,7 @@ def learning_curves(settings: Settings, folder: Path, name: str = "curves.png") 
     axes = figure.subplots(len(tasks), columns, squeeze=False)
     for row, task in zip(axes, tasks, strict=True):
         for number, method in enumerate(settings.methods):
-            found = curves.read(folder, task, method, settings.seeds)
+            found = curves.read(folder, task, method, settings)
             if not found:
                 continue
             for axis, cost in zip(row, _SHOWN, strict=False):
@@ -78,7 +78,7 @@ def strip(settings: Settings, folder: Path, task: str) -> Path | None:
         frames = file.with_suffix(".npz")
         if not (file.is_file() and frames.is_file()):
             continue
-        (curve,) = curves.read(folder, task, method, settings.seeds[:1])
+        curve = curves.read(folder, task, method, settings)[0]
         data = np.load(frames)
         at = [int(np.flatnonzero(curve.steps == step)[0]) for step in data["steps"]]
         for i in range(data["frames"].shape[1]):

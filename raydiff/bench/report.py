@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from raydiff.bench import curves
-from raydiff.bench.curves import Curve, Draws, Price, crossing, median, number
+from raydiff.bench.curves import Curve, Draws, Price, median, number
 from raydiff.bench.measure import COSTS
 from raydiff.bench.settings import Settings
 
@@ -48,7 +48,7 @@ def write(settings: Settings, folder: Path) -> list[Path]:
 
 
 def _task(settings: Settings, folder: Path, task: str) -> dict[str, Any]:
-    runs = {m: found for m in settings.methods if (found := curves.read(folder, task, m, settings.seeds))}
+    runs = {m: found for m in settings.methods if (found := curves.read(folder, task, m, settings))}
     reference = runs.get(settings.reference)
     return {
         method: {
@@ -76,7 +76,7 @@ def _price(settings: Settings, found: Sequence[Curve], reference: Sequence[Curve
         ratio = price.ratio(Price(reference, threshold, draws))
     return {
         "threshold": threshold,
-        "reached": sum(bool(np.isfinite(crossing(c.costs["images"], c.mean(), threshold))) for c in found),
+        "reached": sum(bool(np.isfinite(c.paid(c.costs["images"], threshold))) for c in found),
         "queries": _finite(vars(price.queries())),
         "ratio": ratio and _finite(vars(ratio)),
         **_finite({cost: price.point(cost) for cost in COSTS[1:]}),
@@ -86,7 +86,7 @@ def _price(settings: Settings, found: Sequence[Curve], reference: Sequence[Curve
 
 def _when_reached(found: Sequence[Curve], threshold: float, name: str) -> float:
     """Mean over the seeds that got there of a held-out reward at the threshold's crossing; NaN where none did."""
-    steps = [crossing(c.steps.astype(float), c.mean(), threshold) for c in found]
+    steps = [c.paid(c.steps.astype(float), threshold) for c in found]
     there = [np.interp(s, c.steps, c.mean(name)) for c, s in zip(found, steps, strict=True) if np.isfinite(s)]
     return float(np.mean(there)) if there else float("nan")
 
@@ -111,7 +111,7 @@ def markdown(settings: Settings, found: Mapping[str, Any]) -> str:
         "# Sample efficiency", "",
         f"{found['date']}, {found['machine']}; seeds {', '.join(map(str, found['seeds']))}. Median over seeds, with 95 %"
         " intervals of a bootstrap over seeds and held-out prompts; `>` where no more were spent and the threshold was not"
-        " reached.", "",
+        f" reached with {settings.keep.share:.0%} of the untrained model's {settings.keep.reward} kept.", "",
     ]  # fmt: skip
     for task, methods in found["tasks"].items():
         lines += [f"## {settings.tasks[task].title}", "", *_queries_table(settings, task, methods), ""]

@@ -60,6 +60,14 @@ class Tuning(Config):
     evaluations: int = Field(8, ge=1)
 
 
+class Keep(Config):
+    """What must be left of a held-out reward for a threshold to count as reached."""
+
+    reward: str
+    share: float = Field(ge=0, le=1)
+    """Of the untrained model's mean."""
+
+
 class GradientNorm(Config):
     """The table of DRaFT-K's gradient norms."""
 
@@ -89,6 +97,7 @@ class Settings(Config):
     """The method that the others are divided by."""
     alignment: tuple[str, ...]
     """Names of the held-out rewards that stand beside the trained one."""
+    keep: Keep
     gradient_norm: GradientNorm
     tuning: Tuning
     quick: Quick

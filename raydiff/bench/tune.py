@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raydiff.bench import measure
-from raydiff.bench.curves import Curve, crossing
+from raydiff.bench.curves import Curve
 from raydiff.bench.settings import Settings
 from raydiff.config import Run
 
@@ -22,8 +22,8 @@ class Trial:
     method: str
     settings: dict[str, Any]
     updates: int
-    queries: float | None  # to the middle threshold; None: not reached
-    last: float  # the held-out reward at the end
+    queries: float | None  # to the highest threshold; None: not reached
+    last: float  # the held-out reward of the last evaluation that was aligned
     chosen: bool  # whether the settings file has it
 
     @property
@@ -63,15 +63,15 @@ def affordable(settings: Settings, method: str, candidate: dict[str, Any]) -> Ru
 
 
 def _trial(settings: Settings, method: str, i: int, job: measure.Job) -> Trial:
-    curve, contender = Curve.of(json.loads(job.file.read_text())), settings.methods[method]
+    curve, contender = Curve.of(json.loads(job.file.read_text()), settings.keep), settings.methods[method]
     thresholds = settings.tasks[settings.tuning.task].thresholds
-    queries = crossing(curve.costs["reward_queries"], curve.mean(), thresholds[len(thresholds) // 2])
+    queries = curve.paid(curve.costs["reward_queries"], thresholds[-1])
     candidate = contender.candidates[i]
     return Trial(
         method=method,
         settings=candidate,
         updates=int(curve.steps[-1]),
         queries=queries if isfinite(queries) else None,
-        last=float(curve.mean()[-1]),
+        last=float(curve.mean()[curve.aligned][-1]),
         chosen=candidate == contender.tuned,
     )

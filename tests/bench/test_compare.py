@@ -34,6 +34,7 @@ def tiny_settings(tiny_run: Callable[..., Run]) -> Settings:
             "seeds": [0, 1],
             "reference": "draft_lv",
             "alignment": ["green"],
+            "keep": {"reward": "green", "share": 0},
             "gradient_norm": {"ks": [1, 2], "steps": 4, "prompts": 3},
             "tuning": {"task": "blue", "seed": 9, "passes": 40, "evaluations": 2},
             "quick": {"share": 0.5, "seeds": 1},

@@ -1,5 +1,7 @@
 """Statistics of the comparison against numbers worked out by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,14 @@ def curve(rewards: list[float], each: float = 10) -> Curve:
     """A run whose pictures all have the same reward."""
     steps = np.arange(len(rewards))
     costs = dict.fromkeys(COSTS, each * steps)
-    return Curve(("a", "a", "b"), steps, costs, {"total": np.repeat(np.array(rewards)[:, None], 3, 1)})
+    return Curve(("a", "a", "b"), steps, costs, {"total": np.repeat(np.array(rewards)[:, None], 3, 1)}, steps >= 0)
+
+
+def test_a_reward_without_alignment_is_not_reached() -> None:
+    run = replace(curve([0, 1, 2, 3]), aligned=np.array([True, False, False, True]))
+    assert run.paid(run.costs["images"], 1) == 30  # nothing is known between the second and the last
+    assert replace(run, aligned=np.array([True, False, False, False])).paid(run.costs["images"], 1) == float("inf")
+    assert replace(run, aligned=np.array([True, True, False, False])).paid(run.costs["images"], 0.5) == 5
 
 
 def test_crossing_is_linear_between_evaluations() -> None:
