@@ -34,7 +34,7 @@ class Axis(Config):
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if len(self.model_fields_set) != 1:
+        if len(self._given) != 1:
             raise ValueError("an axis is one of choice, grid, uniform, loguniform, randint, e.g. {choice = [1, 2, 5]}")
         if self.values is None:
             low, high = self.ends
@@ -46,8 +46,11 @@ class Axis(Config):
 
     @property
     def kind(self) -> str:
-        (kind,) = self.model_fields_set
-        return kind
+        return self._given[0]
+
+    @property
+    def _given(self) -> list[str]:
+        return [name for name in type(self).model_fields if getattr(self, name) is not None]
 
     @property
     def values(self) -> tuple[Any, ...] | None:

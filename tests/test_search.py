@@ -73,6 +73,11 @@ def test_beta_is_judged_by_its_method(make: Make) -> None:
     assert len(make({"method.beta": {"loguniform": [0.01, 1]}}, "d3po").examples()) == 3
 
 
+def test_json_round_trip_is_exact(make: Make) -> None:
+    sweep = make({"method.k": {"grid": [1, 2]}, "optimizer.lr": {"uniform": [1, 2]}}, penalty={"weight": 1})
+    assert Sweep.model_validate_json(sweep.model_dump_json()) == sweep
+
+
 def test_counts_and_examples(make: Make) -> None:
     drawn = make({"method.k": {"grid": [1, 2, 3]}, "optimizer.lr": {"loguniform": [1e-4, 1e-2]}})
     assert drawn.count == 12

@@ -5,6 +5,7 @@ A trial's driver claims next to nothing and stays on this node; what it starts c
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import secrets
 import time
@@ -54,7 +55,7 @@ def sweep(config: Sweep, *, resume: str | None = None) -> Result:
     Raises ConfigError before any trial starts when one of them cannot work here.
     """
     base, examples = config.base(), config.examples()
-    _preflight(base, examples)
+    _preflight(config, base, examples)
     folder = _resumed(config, base, resume) if resume else _fresh(config, base)
     cluster.start(dashboard=True)
     most = concurrent(config, examples)
@@ -90,8 +91,10 @@ def concurrent(config: Sweep, examples: Sequence[Run]) -> int:
     return min(room, config.count)
 
 
-def _preflight(base: Run, examples: Sequence[Run]) -> None:
+def _preflight(config: Sweep, base: Run, examples: Sequence[Run]) -> None:
     launch.preflight(base)
+    if config.search == "optuna" and not importlib.util.find_spec("optuna"):
+        raise ConfigError('search = "optuna": it is not installed; pip install "raydiff[sweep]", or use "random"')
     if found := list(dict.fromkeys(fault for run in examples for fault in faults(run))):
         raise ConfigError("\n".join(found))
 
@@ -164,10 +167,7 @@ def _search(config: Sweep, space: Mapping[str, Any]) -> Any:
         return BasicVariantGenerator(random_state=config.seed)
     from ray.tune.search.optuna import OptunaSearch
 
-    try:
-        return OptunaSearch(seed=config.seed, metric=_OBJECTIVE, mode="max")
-    except (ImportError, AssertionError):
-        raise ConfigError('search = "optuna": Optuna is not installed; pip install "raydiff[sweep]", or use "random"') from None
+    return OptunaSearch(seed=config.seed, metric=_OBJECTIVE, mode="max")
 
 
 def _scheduler(config: Sweep, examples: Sequence[Run]) -> Any:
@@ -240,8 +240,11 @@ def _outcome(config: Sweep, folder: Folder, result: Any) -> Outcome:
     """What a trial came to, from what it reported and what lies in its folder."""
     trial = Path(result.path).name
     frame = result.metrics_dataframe
-    rows = [] if frame is None else frame.drop_duplicates("update", keep="last").sort_values("update").to_dict("records")
-    points = [Point(int(r["update"]), int(r[_QUERIES]), float(r[_OBJECTIVE]), float(r[config.metric])) for r in rows]
+    rows = {int(row["update"]): row for row in frame.to_dict("records")} if frame is not None and len(frame) else {}
+    points = [
+        Point(update, int(row[_QUERIES]), float(row[_OBJECTIVE]), float(row[config.metric]))
+        for update, row in sorted(rows.items())
+    ]
     finished = (folder / trial).size(learn.FINISHED) is not None
     status = "finished" if finished else "failed" if result.error else "stopped early"
     return Outcome(
