@@ -34,13 +34,12 @@ class Curve:
     def of(cls, record: Mapping[str, Any], keep: Keep) -> Curve:
         rows = record["evaluations"]
         rewards = {name: np.array([row["rewards"][name] for row in rows]) for name in rows[0]["rewards"]}
-        alignment = rewards[keep.reward].mean(1)
         return cls(
             tuple(record["prompts"]),
             np.array([row["step"] for row in rows]),
             {cost: np.array([row[cost] for row in rows], float) for cost in COSTS},
             rewards,
-            alignment >= keep.share * alignment[0],
+            rewards[keep.reward].mean(1) >= keep.least,
         )
 
     def paid(self, cost: np.ndarray, threshold: float, pictures: Any = slice(None)) -> float:

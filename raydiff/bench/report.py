@@ -111,7 +111,7 @@ def markdown(settings: Settings, found: Mapping[str, Any]) -> str:
         "# Sample efficiency", "",
         f"{found['date']}, {found['machine']}; seeds {', '.join(map(str, found['seeds']))}. Median over seeds, with 95 %"
         " intervals of a bootstrap over seeds and held-out prompts; `>` where no more were spent and the threshold was not"
-        f" reached with {settings.keep.share:.0%} of the untrained model's {settings.keep.reward} kept.", "",
+        f" reached with a held-out {settings.keep.reward} of at least {settings.keep.least:g}.", "",
     ]  # fmt: skip
     for task, methods in found["tasks"].items():
         lines += [f"## {settings.tasks[task].title}", "", *_queries_table(settings, task, methods), ""]

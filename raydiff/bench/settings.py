@@ -61,11 +61,10 @@ class Tuning(Config):
 
 
 class Keep(Config):
-    """What must be left of a held-out reward for a threshold to count as reached."""
+    """What must be left of a held-out reward for a threshold to count as reached: its mean is at least so much."""
 
     reward: str
-    share: float = Field(ge=0, le=1)
-    """Of the untrained model's mean."""
+    least: float
 
 
 class GradientNorm(Config):

@@ -34,7 +34,7 @@ def tiny_settings(tiny_run: Callable[..., Run]) -> Settings:
             "seeds": [0, 1],
             "reference": "draft_lv",
             "alignment": ["green"],
-            "keep": {"reward": "green", "share": 0},
+            "keep": {"reward": "green", "least": -1},
             "gradient_norm": {"ks": [1, 2], "steps": 4, "prompts": 3},
             "tuning": {"task": "blue", "seed": 9, "passes": 40, "evaluations": 2},
             "quick": {"share": 0.5, "seeds": 1},
@@ -158,3 +158,17 @@ def test_unfair_settings_are_refused(tiny_settings: Settings, tmp_path: Path) ->
         Settings.model_validate(tree)
     with pytest.raises(ConfigError, match=r"nowhere\.toml' do not exist"):
         settings.load(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.slow
+def test_mlflow_has_the_report_once(compared: Path, tiny_settings: Settings) -> None:
+    from raydiff.distributed.tracking import of_comparison
+
+    files = report.write(tiny_settings, compared)
+    first, again = of_comparison(compared, files), of_comparison(compared, files)
+    assert first == again
+    run = again.client().get_run(again.run_id)
+    paid = json.loads((compared / "results.json").read_text())["tasks"]["blue"]["draft_lv"]["prices"][0]["queries"]["value"]
+    assert run.data.metrics["blue/draft_lv/queries_to_-0.124"] == pytest.approx(paid)
+    names = {item.path for item in again.client().list_artifacts(again.run_id)}
+    assert names == {file.name for file in [*files, *(compared / "runs").glob("*.json")]}
