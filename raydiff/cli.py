@@ -198,6 +198,64 @@ def score(
 
 
 @app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep file: a recipe, and what to vary.")],
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Run again what failed in a sweep, from checkpoints.")
+    ] = None,
+) -> None:
+    """Run a recipe with many settings, by Ray Tune. Exit code 1 when a trial failed."""
+    from raydiff.search import load
+
+    config = load(file, overrides or ())
+
+    import raydiff.distributed.sweep
+
+    if raydiff.distributed.sweep.sweep(config, resume=resume).failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="Where records and report go.")] = Path("bench"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A rehearsal of minutes, from which nothing can be concluded.")
+    ] = False,
+    settings: Annotated[Path | None, typer.Option(metavar="FILE", help="What is compared; default: raydiff's own.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Runs at once, of one thread each.")] = 2,
+    tune: Annotated[bool, typer.Option("--tune", help="Train each method's candidate settings instead.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Only the tables and figures of the records in FOLDER.")] = False,
+    mlflow: Annotated[bool, typer.Option(help="Log the report to MLflow, in FOLDER/mlflow.db.")] = True,
+) -> None:
+    """Compare the methods' sample efficiency on the embedded model. The same command goes on with what was interrupted."""
+    from raydiff.bench.settings import FILE, load
+
+    compared = load(settings or FILE)
+    if tune:
+        from raydiff.bench.tune import tune as try_all
+
+        for trial in try_all(compared, to, list(compared.methods), processes, typer.echo):
+            reached = "not reached" if trial.queries is None else f"{trial.queries:.0f} queries"
+            typer.echo(
+                f"{trial.method:14} {reached:>12}, {trial.last:.3f} at the end{' *' if trial.chosen else ''}  {trial.settings}"
+            )
+        return
+    if quick:
+        compared = compared.rehearsal()
+    from raydiff.bench import compare
+    from raydiff.bench import report as reporting
+
+    files = reporting.write(compared, to) if report else compare.compare(compared, to, processes, typer.echo)
+    typer.echo("\n".join(map(str, files)))
+    if mlflow:
+        from raydiff.distributed.tracking import of_comparison
+
+        tracker = of_comparison(to, files)
+        typer.echo(f"MLflow: {tracker.uri}, run {tracker.run_id}")
+
+
+@app.command()
 def evaluate(
     recipe: Recipe,
     overrides: Overrides = None,

@@ -21,14 +21,17 @@ _ENVIRONMENT = {
 }
 
 
-def start() -> None:
-    """Connect to the cluster that RAY_ADDRESS names, or start a local one, unless that is done."""
+def start(dashboard: bool = False) -> None:
+    """Connect to the cluster that RAY_ADDRESS names, or start a local one, unless that is done.
+
+    `dashboard`: a local one answers the state API, which frees what a sweep's stopped trials leave.
+    """
     import ray
 
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if not ray.is_initialized():
-        local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+        local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": dashboard}
         ray.init(log_to_driver=False, logging_level="ERROR", **local)
 
 

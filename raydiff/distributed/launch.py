@@ -8,7 +8,7 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -67,27 +67,7 @@ def train(run: Run, *, resume: str | Path | None = None) -> Result:
             use_gpu = connect(run)
         folder.write(RUN, run.model_dump_json(indent=1).encode())
         tracker = tracking.start(run, experiment.result(), folder.name, folder)
-        if short := _not_free(run):
-            progress.say(f"waiting for {short}: other work holds them")
-        board = _board(tracker, folder)
-        store = _store(run, folder) if "pool" in (run.generation.where, run.rewards.where) else None
-        status, tags = "FAILED", dict[str, str]()
-        try:
-            progress.waiting("loading rewards")
-            rewards = score.start(run, cluster_nodes()) if run.rewards.where == "pool" else []
-            progress.waiting("starting workers")
-            with _interruptible():
-                outcome = _trained(run, folder, board, use_gpu, store, rewards, progress)
-            status = "FINISHED" if "finished" in outcome else "KILLED" if "stopped" in outcome else "FAILED"
-            tags = _tags(outcome.get("finished", {}))
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        except Exception as error:
-            error.add_note(f"Its checkpoints are in {folder}; --resume {folder.name} goes on after the newest.")
-            raise
-        finally:
-            _close(board, tracker, status, tags, progress)
+        outcome = _carried_out(run, folder, tracker, use_gpu, progress)
     if "refused" in outcome:
         raise Refused(*outcome["refused"]).error()
     if "stopped" in outcome:
@@ -108,6 +88,49 @@ def _interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def trial(run: Run, name: str, tags: Mapping[str, str], progress: Progress) -> None:
+    """One trial of a sweep in the folder `name` of the storage: begun, or continued after its newest checkpoint.
+
+    `progress` gets the rows, those from before included. Its MLflow run, found again by name, carries `tags`. Raises what
+    `train` does.
+    """
+    folder = Folder(run.storage) / name
+    if folder.size(RUN) is not None:
+        checkpoint.check_same_run(folder.read_json(RUN), run)
+    folder.write(RUN, run.model_dump_json(indent=1).encode())
+    tracker = tracking.start(run, tracking.prepare(run), name, folder, tags)
+    use_gpu = placement.claims(run, cluster_nodes())[0].gpus > 0
+    outcome = _carried_out(run, folder, tracker, use_gpu, progress)
+    if "refused" in outcome:
+        raise Refused(*outcome["refused"]).error()
+
+
+def _carried_out(run: Run, folder: Folder, tracker: Tracker, use_gpu: bool, progress: Progress) -> dict[str, Any]:
+    """Start pools and workers, and follow them to the end: what `learn.work` returned."""
+    if short := _not_free(run):
+        progress.say(f"waiting for {short}: other work holds them")
+    board = _board(tracker, folder)
+    store = _store(run, folder) if "pool" in (run.generation.where, run.rewards.where) else None
+    status, said = "FAILED", dict[str, str]()
+    try:
+        progress.waiting("loading rewards")
+        rewards = score.start(run, cluster_nodes()) if run.rewards.where == "pool" else []
+        progress.waiting("starting workers")
+        with _interruptible():
+            outcome = _trained(run, folder, board, use_gpu, store, rewards, progress)
+        status = "FINISHED" if "finished" in outcome else "KILLED" if "stopped" in outcome else "FAILED"
+        said = _tags(outcome.get("finished", {}))
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    except Exception as error:
+        error.add_note(f"Its checkpoints are in {folder}; --resume {folder.name} goes on after the newest.")
+        raise
+    finally:
+        _close(board, tracker, status, said, progress)
+    return outcome
 
 
 def preflight(run: Run) -> None:
