@@ -63,7 +63,7 @@ def test_what_cannot_work_is_refused(make: Make, space: dict[str, Any], fields: 
 
 
 def test_beta_is_judged_by_its_method(make: Make) -> None:
-    with pytest.raises(ConfigError, match=r"method\.beta = 0\.1 is outside 10 to 100000; in diffusion_dpo it is the factor"):
+    with pytest.raises(ConfigError, match=r"method\.beta = 0\.1 is outside 1 to 100000; in diffusion_dpo it is the factor"):
         make({"method.beta": {"choice": [0.1, 2000]}}, "diffusion_dpo")
     with pytest.raises(ConfigError, match=r"method\.beta = 5000 is outside 0\.001 to 100; in d3po"):
         make({"method.beta": {"loguniform": [0.01, 5000]}}, "d3po")
