@@ -90,14 +90,10 @@ node 0 head --head --port="$base" --dashboard-host=127.0.0.1 --dashboard-port=$(
   --ray-client-server-port=$((base + 2)) --include-dashboard=true --num-cpus=0
 started head "${pids[0]}"
 number=1
-for pool in train generate reward; do
+for pool in train generate reward; do # one after the other: nodes that start at once in one folder take each other's sockets
   # One log monitor for the machine, the head's: more would print each line several times.
   node "$number" "$pool" --address="127.0.0.1:$base" --num-cpus="${cpus[$pool]}" --labels="raydiff-pool=$pool" \
     --include-log-monitor=false
-  number=$((number + 1))
-done
-number=1
-for pool in train generate reward; do
   started "$pool" "${pids[$number]}"
   number=$((number + 1))
 done
