@@ -61,11 +61,12 @@ trap stop EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# Each node has worker ports of its own: on one machine, nodes with Ray's default range hand out the same ones.
+# Each node has worker ports of its own: on one machine, nodes with Ray's default range hand out the same ones. And a folder of
+# its own: in a shared one, the second node to unpack a job's files deletes them under the first one's driver.
 node() { # node NUMBER NAME ARGUMENT...: start one in the background
   local number=$1 name=$2
   shift 2
-  ray start --block --disable-usage-stats --node-ip-address=127.0.0.1 --temp-dir="$scratch" --num-gpus=0 \
+  ray start --block --disable-usage-stats --node-ip-address=127.0.0.1 --temp-dir="$scratch/$name" --num-gpus=0 \
     --object-store-memory=$((256 << 20)) \
     --min-worker-port=$((10002 + 2000 * number)) --max-worker-port=$((12001 + 2000 * number)) \
     --node-manager-port=$((base + 10 + 10 * number)) --object-manager-port=$((base + 11 + 10 * number)) \

@@ -39,8 +39,8 @@ def submit(
 
     `address` is the job server's, None for the one that RAY_API_SERVER_ADDRESS names. `working_dir` is uploaded, None runs what
     the nodes have. On a cluster that `grows`, what has no room yet is submitted too. Raises ConfigError for a run that cannot
-    work there, a folder that is too large, and a cluster of another version of Ray; ConnectionError and AuthenticationError
-    when the job server does not answer, or not to this token.
+    work there, a folder that is too large, a refused token and a cluster of another version of Ray; ConnectionError when the
+    job server does not answer.
     """
     from raydiff.preflight import faults
 
@@ -75,11 +75,15 @@ def command(recipe: Path, overrides: Sequence[str], resume: str | None) -> str:
 
 
 def client(address: str | None) -> JobSubmissionClient:
-    """Connected. Raises ConnectionError, AuthenticationError, or ConfigError when Ray's versions differ."""
+    """Connected. Raises ConnectionError, or ConfigError when the token is refused and when Ray's versions differ."""
     import ray
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    server = JobSubmissionClient(address)
+    try:
+        server = JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise ConfigError(f"the job server refuses this token: {error}") from None
     there = server._do_request("GET", "/api/version").json()["ray_version"]
     if there != ray.__version__:
         raise ConfigError(f"the cluster runs Ray {there}, and this is Ray {ray.__version__}: install ray=={there} here")
@@ -90,7 +94,13 @@ def nodes(server: JobSubmissionClient) -> list[Node]:
     """The nodes that are alive, by the dashboard's state API."""
     from ray.util.state import list_nodes
 
-    found = list_nodes(address=server.get_address(), filters=[("state", "=", "ALIVE")], detail=True, limit=10_000)
+    found = list_nodes(
+        address=server.get_address(),
+        filters=[("state", "=", "ALIVE")],
+        detail=True,
+        limit=10_000,
+        raise_on_missing_output=False,
+    )
     return [Node(n.resources_total.get("CPU", 0), n.resources_total.get("GPU", 0), n.labels or {}) for n in found]
 
 

@@ -136,7 +136,9 @@ def raydiff(environment: dict[str, str], recipe: Path, *arguments: str) -> subpr
 
 def test_submit_follow_stop_and_resume(environment: dict[str, str], recipe: Path) -> None:
     """A job that is stopped leaves a checkpoint, and a second one goes on after it."""
-    job = raydiff(environment, recipe, "--no-follow").stdout.strip()
+    first = raydiff(environment, recipe, "--no-follow")
+    assert first.returncode == 0, first.stderr
+    job = first.stdout.strip()
     storage = recipe.parents[1] / "storage"
     wait_for(index(str(storage), 2), 200)
     subprocess.run(["ray", "job", "stop", job], env=environment, check=True, capture_output=True, timeout=120)
@@ -160,9 +162,9 @@ def test_a_failing_job_says_why(environment: dict[str, str], recipe: Path) -> No
     failed = raydiff(environment, recipe, "storage=/proc/nowhere")
     assert failed.returncode == 2
     assert "storage = '/proc/nowhere'" in failed.stdout
-    full = raydiff(environment, recipe, "pools.train.replicas=9")
+    full = raydiff(environment, recipe, "pools.generate.replicas=9")
     assert full.returncode == 2
-    assert "pools.train: 9 × (1 CPUs) = 9 CPUs; the cluster has 2 CPUs left for it" in full.stderr
+    assert "pools.generate: 9 × (1 CPUs) = 9 CPUs; the cluster has 3 CPUs left for it" in full.stderr
 
 
 def test_a_wrong_token_is_refused(environment: dict[str, str], recipe: Path, tmp_path: Path) -> None:
