@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 export RAY_worker_niceness ?= 0
 
-.PHONY: demo test test-unit test-all lint embedded-model
+.PHONY: demo test test-unit test-all soak lint embedded-model
 
 demo: $(INSTALLED)
 	$(BIN)/raydiff train jobs/recipes/emoji_draft_lv.toml
@@ -18,6 +18,10 @@ test-unit: $(INSTALLED)
 
 test-all: test
 	$(BIN)/pytest -m slow
+
+# A run with pools, and a kill every 20 seconds for five minutes.
+soak: $(INSTALLED)
+	$(BIN)/python benchmarks/soak.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -28,7 +28,7 @@ from raydiff.core.rollouts import Rollouts
 from raydiff.distributed import pipeline, rows, weights
 from raydiff.distributed.generate import Generator
 from raydiff.distributed.weights import WeightStore
-from raydiff.plan import cluster_nodes
+from raydiff.plan.clusters import cluster_nodes
 
 RUN = Run.model_validate(
     {

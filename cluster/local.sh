@@ -10,6 +10,7 @@
 #
 # It prints the environment for other terminals, then waits; Ctrl-C stops what it started, by process id, and nothing else.
 set -euo pipefail
+set -m # each node in a process group of its own; else its jobs would inherit that a shell's background ignores Ctrl-C
 
 die() {
   echo "local.sh: $1" >&2
@@ -39,6 +40,7 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$scratch/token
 unset RAY_AUTH_TOKEN RAY_ADDRESS RAY_API_SERVER_ADDRESS # they would come before what this cluster is given
 head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH"
 export RAY_worker_niceness=${RAY_worker_niceness:-0} # Ray's own 15 starves workers on a machine that others use
+export RAY_raylet_start_wait_time_s=${RAY_raylet_start_wait_time_s:-120} # Ray gives up on a busy machine after 30
 
 pids=()
 stop() {
@@ -88,14 +90,10 @@ node 0 head --head --port="$base" --dashboard-host=127.0.0.1 --dashboard-port=$(
   --ray-client-server-port=$((base + 2)) --include-dashboard=true --num-cpus=0
 started head "${pids[0]}"
 number=1
-for pool in train generate reward; do
+for pool in train generate reward; do # one after the other: nodes that start at once in one folder take each other's sockets
   # One log monitor for the machine, the head's: more would print each line several times.
   node "$number" "$pool" --address="127.0.0.1:$base" --num-cpus="${cpus[$pool]}" --labels="raydiff-pool=$pool" \
     --include-log-monitor=false
-  number=$((number + 1))
-done
-number=1
-for pool in train generate reward; do
   started "$pool" "${pids[$number]}"
   number=$((number + 1))
 done

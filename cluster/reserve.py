@@ -12,7 +12,7 @@ import time
 
 import raydiff
 from raydiff import placement
-from raydiff.plan import cluster_nodes
+from raydiff.plan.clusters import cluster_nodes
 
 
 def wanted(run: raydiff.Run) -> tuple[list[dict[str, float]], list[dict[str, str]]]:

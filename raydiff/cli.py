@@ -71,6 +71,25 @@ def train(
 
 
 @app.command()
+def submit(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    resume: Annotated[str | None, typer.Option(metavar="NAME", help="Go on with a run that was stopped.")] = None,
+    address: Annotated[str | None, typer.Option(help="The job server's; default: RAY_API_SERVER_ADDRESS.")] = None,
+    working_dir: Annotated[Path, typer.Option(help="The folder that is uploaded.")] = Path(),
+    upload: Annotated[bool, typer.Option(help="Without: run what the nodes have.")] = True,
+    grows: Annotated[bool, typer.Option("--grows", help="The cluster adds nodes: take a run that has no room yet.")] = False,
+    follow: Annotated[bool, typer.Option(help="Show the log until the job ends.")] = True,
+) -> None:
+    """Check a run against a cluster, submit it there as a job, and follow it."""
+    from raydiff import submit as jobs
+
+    where = working_dir if upload else None
+    code = jobs.submit(recipe, overrides or (), resume=resume, address=address, working_dir=where, grows=grows, follow=follow)
+    raise typer.Exit(code)
+
+
+@app.command()
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...")] = None,
     prompts_file: Annotated[
@@ -179,6 +198,64 @@ def score(
 
 
 @app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep file: a recipe, and what to vary.")],
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Run again what failed in a sweep, from checkpoints.")
+    ] = None,
+) -> None:
+    """Run a recipe with many settings, by Ray Tune. Exit code 1 when a trial failed."""
+    from raydiff.search import load
+
+    config = load(file, overrides or ())
+
+    import raydiff.distributed.sweep
+
+    if raydiff.distributed.sweep.sweep(config, resume=resume).failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="Where records and report go.")] = Path("bench"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A rehearsal of minutes, from which nothing can be concluded.")
+    ] = False,
+    settings: Annotated[Path | None, typer.Option(metavar="FILE", help="What is compared; default: raydiff's own.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Runs at once, of one thread each.")] = 2,
+    tune: Annotated[bool, typer.Option("--tune", help="Train each method's candidate settings instead.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Only the tables and figures of the records in FOLDER.")] = False,
+    mlflow: Annotated[bool, typer.Option(help="Log the report to MLflow, in FOLDER/mlflow.db.")] = True,
+) -> None:
+    """Compare the methods' sample efficiency on the embedded model. The same command goes on with what was interrupted."""
+    from raydiff.bench.settings import FILE, load
+
+    compared = load(settings or FILE)
+    if tune:
+        from raydiff.bench.tune import tune as try_all
+
+        for trial in try_all(compared, to, list(compared.methods), processes, typer.echo):
+            reached = "not reached" if trial.queries is None else f"{trial.queries:.0f} queries"
+            typer.echo(
+                f"{trial.method:14} {reached:>12}, {trial.last:.3f} at the end{' *' if trial.chosen else ''}  {trial.settings}"
+            )
+        return
+    if quick:
+        compared = compared.rehearsal()
+    from raydiff.bench import compare
+    from raydiff.bench import report as reporting
+
+    files = reporting.write(compared, to) if report else compare.compare(compared, to, processes, typer.echo)
+    typer.echo("\n".join(map(str, files)))
+    if mlflow:
+        from raydiff.distributed.tracking import of_comparison
+
+        tracker = of_comparison(to, files)
+        typer.echo(f"MLflow: {tracker.uri}, run {tracker.run_id}")
+
+
+@app.command()
 def evaluate(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -214,7 +291,7 @@ def evaluate(
     sides = Adapter.parse(adapter), None if against == "base" else Adapter.parse(against)
     bootstrap = judging.Bootstrap(resamples=resamples, seed=run.evaluate.seed)
     report = judging.evaluate(
-        run, *sides, images=images, per_prompt=per_prompt, bootstrap=bootstrap, device=device or _device(), progress=_progress
+        run, *sides, images=images, per_prompt=per_prompt, bootstrap=bootstrap, device=_device(device), progress=_progress
     )
     files = report.write(to, run.evaluate.grid)
     typer.echo("\n".join([*report.lines(), *map(str, files)]))
@@ -228,8 +305,20 @@ def evaluate(
 
 
 @app.command()
-def plan(recipe: Recipe, overrides: Overrides = None) -> None:
-    """What a run will do and need: geometry, cost, memory, files, cluster. Exit code 2 when it cannot work."""
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    address: Annotated[str | None, typer.Option(metavar="URL", help="Look at the cluster of this job server.")] = None,
+    cluster: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Look at the cluster that a file of KubeRay or `ray up` describes.")
+    ] = None,
+) -> None:
+    """What a run will do and need: geometry, cost, memory, files, cluster. Exit code 2 when it cannot work.
+
+    On this machine, or on the cluster that RAY_ADDRESS, --address or --cluster names.
+    """
+    if address and cluster:
+        raise ValueError("--address and --cluster name two clusters: leave one of them out")
     from raydiff.config import load
 
     run = load(recipe, overrides or ())
@@ -237,9 +326,11 @@ def plan(recipe: Recipe, overrides: Overrides = None) -> None:
     from rich.console import Console
 
     from raydiff import plan as planning
+    from raydiff.plan import clusters
     from raydiff.plan.render import render
 
-    result = planning.plan(run, planning.machine())
+    machine = clusters.at(address) if address else clusters.of_file(cluster) if cluster else clusters.here()
+    result = planning.plan(run, machine)
     Console(highlight=False).print(render(result))
     if result.problems:
         raise typer.Exit(2)
@@ -300,10 +391,11 @@ def _train_here(run: Run) -> None:
 
     if "://" in run.storage:
         raise ValueError(f"storage = {run.storage!r}: a run with --local writes to a folder of this machine")
+    gpus = run.pools.train.num_gpus
+    device = "cpu" if gpus == 0 else _device("cuda" if gpus else None, f"pools.train.num_gpus = {gpus:g}:")
     folder = Path(run.storage) / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     _writable(folder)
     (folder / "run.json").write_text(run.model_dump_json(indent=1))
-    device = "cpu" if run.pools.train.num_gpus == 0 else _device()
     rows: list[dict[str, float]] = []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, transient=True) as progress, (folder / "metrics.jsonl").open("w") as log:
@@ -370,7 +462,7 @@ def _draw(
     from raydiff import generate as drawing
 
     drawing.check(adapters, sampler)
-    pipe = drawing.pipeline(model, adapters, device or _device())
+    pipe = drawing.pipeline(model, adapters, _device(device))
     drawn = drawing.samples(pipe, prompts, seeds, sampler, batch)
     pictures, name = len(prompts) * len(seeds), getattr(model, "path", model.kind)
     grid = drawing.write(_progress(drawn, pictures, "pictures"), to, model=name, sampler=sampler, adapters=adapters)
@@ -443,10 +535,17 @@ def _writable(folder: Path) -> None:
         raise ValueError(f"cannot write to {str(folder)!r}: {error.strerror}; give another folder") from None
 
 
-def _device() -> str:
+def _device(name: str | None, field: str = "--device") -> str:
+    """A device that works here; by default a GPU where there is one."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch raises either without a GPU, a driver or such a device
+        raise ValueError(f"{field} {name}: {str(error).splitlines()[0]}; leave it out to run on what is here") from None
+    return name
 
 
 def _progress(items: Any, total: int, what: str) -> Any:

@@ -144,10 +144,22 @@ class Pool(Config):
         return gpus
 
 
+class TrainPool(Pool):
+    min_replicas: int | None = Field(None, ge=1)
+    """When nodes are lost, the fewest workers that go on without them, each with more micro-batches for the same batch. None:
+    wait for new nodes."""
+
+    @model_validator(mode="after")
+    def _fewer(self) -> Self:
+        if self.min_replicas is not None and self.min_replicas > self.replicas:
+            raise ValueError(f"min_replicas = {self.min_replicas} is more than replicas = {self.replicas}")
+        return self
+
+
 class Pools(Config):
     """Who runs where. The generate and reward pools are started only when `generation.where` and `rewards.where` say so."""
 
-    train: Pool = Pool()
+    train: TrainPool = TrainPool()
     """The workers that share each batch and, by ZeRO, the optimiser."""
     generate: Pool = Pool()
     reward: Pool = Pool()
@@ -268,6 +280,9 @@ class Train(Config):
     keep_checkpoints: int = Field(2, ge=1)
     max_failures: int = Field(3, ge=0)
     """Restarts after a lost worker before the run gives up."""
+    timeout: float = Field(1800.0, ge=1)
+    """Seconds that workers wait for each other before all are started again: a hung one does not hold the run for ever. Longer
+    than the longest checkpoint takes rank 0."""
     gradient_checkpointing: bool = True
     """Recompute activations step by step in the backward pass: memory flat in K for about a third more compute."""
 
@@ -429,24 +444,24 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     path = Path(path)
     try:
         text = path.read_text()
-        tree = json.loads(text) if path.suffix == ".json" else _with_none(tomllib.loads(text))
+        tree = json.loads(text) if path.suffix == ".json" else with_none(tomllib.loads(text))
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.toml"))
         raise ConfigError(f"recipe {str(path)!r} does not exist{_nearest(path.name, near)}") from None
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path}: not valid {path.suffix[1:].upper()}: {error}") from None
-    return _validated(_with(tree, dict(_parse(item) for item in overrides)))
+    return validated(_with(tree, parsed(overrides)))
 
 
 def rewards(kinds: Mapping[str, str], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Rewards {name: kind} without a run, with overrides like `rewards.NAME.FIELD=value`. Raises ConfigError."""
     tree = {"rewards": {name: {"kind": kind} for name, kind in kinds.items()}}
-    return dict(_validated(_with(tree, dict(_parse(item) for item in overrides)), _OnlyRewards).rewards.named)
+    return dict(validated(_with(tree, parsed(overrides)), _OnlyRewards).rewards.named)
 
 
 def override(run: Run, values: Mapping[str, Any]) -> Run:
     """The run with some dotted paths set anew, e.g. {"method.k": 2}; everything is validated again. Raises ConfigError."""
-    return _validated(_with(run.model_dump(mode="json"), values))
+    return validated(_with(run.model_dump(mode="json"), values))
 
 
 def flat(run: Run) -> dict[str, Any]:
@@ -462,7 +477,33 @@ def flat(run: Run) -> dict[str, Any]:
     return dict(walk("", run.model_dump(mode="json")))
 
 
-def _validated(tree: Mapping[str, Any], kind: type[T] = Run) -> T:  # type: ignore[assignment]
+def dump(run: Run) -> str:
+    """The run as TOML, which `load` reads back to the same run."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return "{" + ", ".join(f"{_key(k)} = {text(v)}" for k, v in value.items()) + "}"
+        if isinstance(value, list):
+            return "[" + ", ".join(map(text, value)) + "]"
+        return json.dumps("none" if value is None else value)
+
+    def tables(path: Sequence[str], table: Mapping[str, Any]) -> Iterable[str]:
+        inner = {key: value for key, value in table.items() if isinstance(value, Mapping) and value}
+        if path and len(inner) < len(table):
+            yield f"\n[{'.'.join(map(_key, path))}]"
+        yield from (f"{_key(key)} = {text(value)}" for key, value in table.items() if key not in inner)
+        for key, value in inner.items():
+            yield from tables([*path, key], value)
+
+    return "\n".join(tables([], run.model_dump(mode="json"))) + "\n"
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
+
+
+def validated(tree: Mapping[str, Any], kind: type[T] = Run) -> T:  # type: ignore[assignment]
+    """The tree as a config. Raises ConfigError."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
@@ -476,20 +517,26 @@ def _line(error: Any) -> str:
     return f"{path}: {message}{given}" if path else message
 
 
+def parsed(overrides: Sequence[str]) -> dict[str, Any]:
+    """`path=value` overrides as {dotted path: value}. Raises ConfigError."""
+    return dict(_parse(item) for item in overrides)
+
+
 def _parse(item: str) -> tuple[str, Any]:
     """`path=value`, the value in TOML's syntax; a bare word is a string."""
     path, equals, text = item.partition("=")
     if not equals or not path:
         raise ConfigError(f"override {item!r} is not path=value, e.g. method.k=2")
     try:
-        return path.strip(), _with_none(tomllib.loads(f"v = {text}")["v"])
+        return path.strip(), with_none(tomllib.loads(f"v = {text}")["v"])
     except tomllib.TOMLDecodeError:
         return path.strip(), None if text == "none" else text
 
 
-def _with_none(value: Any) -> Any:
+def with_none(value: Any) -> Any:
+    """A TOML value in which the word "none" is None."""
     if isinstance(value, dict):
-        return {key: _with_none(inner) for key, inner in value.items()}
+        return {key: with_none(inner) for key, inner in value.items()}
     return None if value == "none" else value
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,12 +15,19 @@ from raydiff.core.learner import TorchEngine
 from raydiff.session import Picture, Session, summary
 
 
-def fit(run: Run, *, device: torch.device | str = "cpu", folder: str | Path | None = None) -> Iterator[dict[str, float]]:
+def fit(
+    run: Run,
+    *,
+    device: torch.device | str = "cpu",
+    folder: str | Path | None = None,
+    show: Callable[[int, list[Picture]], Any] | None = None,
+) -> Iterator[dict[str, float]]:
     """Train, yielding the metrics of each update, held-out rewards among them where the run evaluates.
 
     The first dict has step 0 and no update: the held-out rewards of the untrained model. A condition of `train.stop_when` that
     holds makes that dict the last. With `folder`, the trained weights are exported there at the end, and the best so far, with
-    best.json, to `best_folder(folder)` beside it. Workers and ZeRO stage play no role here; the batch is the same.
+    best.json, to `best_folder(folder)` beside it. `show` gets each evaluation's pictures, with the updates done before it.
+    Workers and ZeRO stage play no role here; the batch is the same.
 
     Raises ConfigError for a metric of `train.stop_when` that the run does not measure.
     """
@@ -28,7 +36,14 @@ def fit(run: Run, *, device: torch.device | str = "cpu", folder: str | Path | No
     optimizer, scheduler = session.optimizer()
     engine = TorchEngine(optimizer, scheduler, session.geometry.step_accumulation, run.optimizer.max_grad_norm)
     start = time.perf_counter()
-    rows = [{"step": 0, **summary(evaluate(session))}]
+
+    def evaluated(done: int) -> dict[str, float]:
+        pictures = evaluate(session)
+        if show:
+            show(done, pictures)
+        return summary(pictures)
+
+    rows = [{"step": 0, **evaluated(0), "seconds": time.perf_counter() - start}]
     watch.stopped(run, rows)
     yield rows[0]
     for step in range(run.train.updates):
@@ -38,7 +53,7 @@ def fit(run: Run, *, device: torch.device | str = "cpu", folder: str | Path | No
         done = step + 1
         metrics |= {"grad_norm": engine.grad_norm, "seconds": time.perf_counter() - start, **vars(session.policy.calls)}
         if watch.due(run, done):
-            metrics |= summary(evaluate(session))
+            metrics |= evaluated(done)
         rows.append({"step": done, **metrics})
         if folder is not None and (best := watch.improved(run, rows)):
             export(session, best_folder(folder))

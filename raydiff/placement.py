@@ -76,6 +76,12 @@ def faults(run: Run, nodes: Sequence[Node], where: str) -> list[str]:
     return no_room(claims(run, nodes), nodes, where)
 
 
+def copies(run: Run, nodes: Sequence[Node], most: int) -> int:
+    """How many copies of a run, up to `most`, have room at once."""
+    each = claims(run, nodes)
+    return next((n for n in range(most, 0, -1) if not no_room(each * n, nodes, "")), 0)
+
+
 def no_room(claims: Sequence[Claim], nodes: Sequence[Node], where: str) -> list[str]:
     """One line for each claim that has no room beside the others, with the sum and the field to change; [] when all fit."""
     found = []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from raydiff import cli
@@ -50,7 +51,7 @@ def test_help_takes_under_a_second_and_imports_nothing_heavy() -> None:
     def seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-m", "raydiff.cli", "--help"], capture_output=True, text=True, check=True)
-        assert all(command in done.stdout for command in ("train", "generate", "score", "evaluate", "plan"))
+        assert all(command in done.stdout for command in ("train", "generate", "score", "evaluate", "sweep", "bench", "plan"))
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime  # what a busy machine does not change
 
@@ -81,6 +82,14 @@ def test_help_takes_under_a_second_and_imports_nothing_heavy() -> None:
         (["generate", "a", "--to", "{folder}", "--steps", "0"], "steps: Input should be greater than or equal to 1 (got 0)"),
         (["generate", "a", "--to", "{folder}", "--spacing", "even"], "spacing: "),
         (["generate", "a", "--to", "{folder}", "--dtype", "int8"], "dtype: "),
+        (["generate", "a", "--to", "{folder}", "--device", "cuda:99"], "--device cuda:99: "),
+        pytest.param(
+            ["train", "{tiny}", "--local", "pools.train.num_gpus=1"],
+            "pools.train.num_gpus = 1: ",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+        (["plan", "{tiny}", "--cluster", "/nowhere.yaml"], "--cluster /nowhere.yaml: "),
+        (["submit", "{tiny}", "--address", "http://127.0.0.1:9"], "give --working-dir"),
         (["generate", "a", "--to", "{folder}", "--replicas", "2"], "--replicas does nothing here: it takes --ray"),
         (["generate", "a", "--to", "{folder}.parquet", "--device", "cpu"], "--device does nothing here: it takes --num-gpus"),
         (
@@ -204,3 +213,20 @@ def test_plan_prints_and_refuses(call: Call, recipe: Path) -> None:
     code, out, _ = call("plan", recipe, "pools.train.num_cpus=5000")
     assert code == 2
     assert "set pools.train.num_cpus to" in out
+
+
+def test_sweep_refuses_before_ray_is_asked(call: Call, recipe: Path, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.toml"
+    file.write_text(f'recipe = "{recipe}"\nsearch = "grid"\n[space]\n"method.kk" = {{choice = [1, 2]}}\n')
+    code, _, said = call("sweep", file)
+    assert code == 2
+    assert said.startswith("raydiff: space: method.kk = 1: method: unknown key 'kk'; did you mean 'k'?\n")
+    code, _, said = call("sweep", tmp_path / "nowhere.toml")
+    assert (code, "nowhere.toml' does not exist" in said) == (2, True)
+
+
+def test_bench_names_a_fault_of_its_settings(call: Call, tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("seeds = 1")
+    code, _, said = call("bench", "--settings", file)
+    assert (code, "settings.toml: base: Field required" in said) == (2, True)

@@ -217,7 +217,6 @@ def test_rayjob_runs_its_recipe_once() -> None:
     assert run.tracking.uri == "$MLFLOW_TRACKING_URI"  # which the head's shell fills in
     assert run.name == recipe(KUBERAY[1]).name
     assert yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"] == {
-        "RAY_JOB_STOP_SIGNAL": "SIGINT",
         "RAY_JOB_STOP_WAIT_TIME_S": "600",
     }
 

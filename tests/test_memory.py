@@ -22,7 +22,7 @@ def test_live_bytes_are_flat_in_k_with_checkpointing() -> None:
 
     def peak(k: int, checkpointing: bool) -> int:
         changed = override(run, {"method.k": k, "train.gradient_checkpointing": checkpointing})
-        return measure(changed, assets.path("pipeline"))[1].update
+        return measure(changed, assets.path("pipeline")).memory.update
 
     assert peak(8, True) <= 1.25 * peak(1, True)
     assert peak(8, False) > 3 * peak(1, False)

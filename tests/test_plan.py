@@ -9,10 +9,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from raydiff.config import ConfigError, Run, geometry, override
+from raydiff.config import ConfigError, Run, geometry, load, override
+from raydiff.core.policy import Calls
+from raydiff.distributed import checkpoint, rows
+from raydiff.distributed.storage import Folder
 from raydiff.local import fit
 from raydiff.placement import Node
-from raydiff.plan import Machine, plan
+from raydiff.plan import clusters, plan
+from raydiff.plan.clusters import Machine
 from raydiff.plan.cost import Backward
 from raydiff.plan.memory import GIB, Live, Memory
 from raydiff.plan.render import render
@@ -174,3 +178,65 @@ def test_generators_that_can_never_all_work_are_told_of(tiny_run: Make) -> None:
     (note,) = [n for n in plan(tiny_run("draft_k", pool), LAPTOP).notes if "generate" in n]
     assert "an update is 2 micro-batches, and with generation.max_staleness = 1 at most 4 are under way" in note
     assert not [n for n in plan(tiny_run("draft_k", {**pool, "batch.micro": 1}), LAPTOP).notes if "generate" in n]
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", ["kuberay/raycluster.yaml", "kuberay/rayjob.yaml", "ray-up/aws.yaml", "ray-up/gcp.yaml"])
+def test_clusters_of_files(name: str) -> None:
+    machine = clusters.of_file(ROOT / "cluster" / name)
+    assert machine.at_first is not None
+    by_pool = [
+        {pool: sum(node.labels.get("raydiff-pool") == pool for node in nodes) for pool in ("train", "generate", "reward")}
+        for nodes in (machine.at_first, machine.nodes)
+    ]
+    assert by_pool == [{"train": 1, "generate": 4, "reward": 1}, {"train": 1, "generate": 8, "reward": 2}]
+    assert {(node.gpus, node.cpus >= 3) for node in machine.nodes if node.labels} == {(1, True)}
+
+    run = load(ROOT / "jobs/recipes/sd15_draft_lv_pools.toml")
+    fits, grown, never = (plan(override(run, {"pools.generate.replicas": n}), machine) for n in (4, 8, 9))
+    assert not [text for text in (*fits.problems, *fits.notes) if "pools." in text]
+    assert [note for note in grown.notes if "has to grow" in note and "room for 4" in note]
+    assert [problem for problem in never.problems if "room for 8: set pools.generate.replicas to 8" in problem]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "while parsing"),
+        ("kind: Deployment", "neither a RayCluster"),
+        ("available_node_types: {worker: {max_workers: 2}}", "group 'worker' does not tell its CPUs"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=f"(?s)x.yaml: .*{message}"):
+        clusters.of_file(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize(("method", "changes"), METHODS[1:])
+def test_traffic_is_what_the_pools_send(tiny_run: Make, method: str, changes: dict[str, Any]) -> None:
+    """Against the rows of an update's blocks, and the calls of a reward that counts bytes."""
+    pools = {"generation.where": "pool", "rewards.where": "pool", "pools.generate.replicas": 2}
+    run = tiny_run(method, {**changes, **pools})
+    session = Session(override(run, {"rewards.where": "learner", "generation.where": "learner"}))
+    blocks = [rows.to_columns(session.sample(0, m), 0) for m in range(run.batch.size // run.batch.micro)]
+    traffic = plan(run, Machine("", (Node(9),))).traffic
+    assert traffic["latents"] == sum(block["latents"].nbytes for block in blocks)
+    assert traffic["weights"] == 3 * sum(p.nbytes for p in session.model.trained().values())
+    picture = session.model.decode(torch.zeros(1, *session.model.latent_shape)).nbytes
+    both = 1 if run.method.needs_rewards else 2
+    assert traffic["pictures and gradients"] == both * picture * plan(run, LAPTOP).update.reward_queries
+
+
+def test_disk_is_what_checkpoints_take(tiny_run: Make, tmp_path: Path) -> None:
+    run = tiny_run(changes={"optimizer.ema": 0.9, "train.keep_checkpoints": 2, "model.lora.rank": 16})
+    trained = Session(run).model.trained()
+    for step in (1, 2):
+        tensors = dict.fromkeys(("parameters", "exp_avg", "exp_avg_sq", "ema", "best"), trained)
+        checkpoint.save(Folder(tmp_path), tensors.items(), run=run, next_step=step, calls=Calls(), seconds=0.0, history=[])
+    taken = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
+    planned = plan(run, LAPTOP).disk
+    assert planned is not None
+    assert 0.9 < (taken / 2 * 3 + 2 * sum(p.nbytes for p in trained.values())) / planned < 1.1

@@ -28,7 +28,7 @@ from raydiff.config import ConfigError, Pool
 from raydiff.distributed import cluster
 from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.storage import Folder
-from raydiff.plan import cluster_nodes
+from raydiff.plan.clusters import cluster_nodes
 
 HIDDEN = "_raydiff"
 ABOUT, BAD_ROWS = f"{HIDDEN}/dataset.json", f"{HIDDEN}/bad_rows.jsonl"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from raydiff.config import ConfigError
 from raydiff.placement import Node
-from raydiff.plan import cluster_nodes
+from raydiff.plan.clusters import cluster_nodes
 
 _PATIENCE = 20.0  # seconds that an autoscaling cluster gets to show a node
 _POLL = 0.5  # seconds between looks at it
@@ -21,14 +21,17 @@ _ENVIRONMENT = {
 }
 
 
-def start() -> None:
-    """Connect to the cluster that RAY_ADDRESS names, or start a local one, unless that is done."""
+def start(dashboard: bool = False) -> None:
+    """Connect to the cluster that RAY_ADDRESS names, or start a local one, unless that is done.
+
+    `dashboard`: a local one answers the state API, which frees what a sweep's stopped trials leave.
+    """
     import ray
 
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if not ray.is_initialized():
-        local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+        local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": dashboard}
         ray.init(log_to_driver=False, logging_level="ERROR", **local)
 
 

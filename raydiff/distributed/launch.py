@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import shlex
+import signal
 import threading
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raydiff import placement
-from raydiff.config import ConfigError, Run, geometry
+from raydiff.config import ConfigError, Run, geometry, override
 from raydiff.distributed import checkpoint, cluster, learn, pipeline, score, tracking
 from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.ranks import Refused
@@ -20,7 +24,7 @@ from raydiff.distributed.score import Group
 from raydiff.distributed.storage import PATIENCE, Folder, StorageError
 from raydiff.distributed.tracking import Board, Tracker
 from raydiff.distributed.weights import WeightStore
-from raydiff.plan import cluster_nodes
+from raydiff.plan.clusters import cluster_nodes
 from raydiff.preflight import faults
 from raydiff.watch import Best
 
@@ -63,32 +67,70 @@ def train(run: Run, *, resume: str | Path | None = None) -> Result:
             use_gpu = connect(run)
         folder.write(RUN, run.model_dump_json(indent=1).encode())
         tracker = tracking.start(run, experiment.result(), folder.name, folder)
-        if short := _not_free(run):
-            progress.say(f"waiting for {short}: other work holds them")
-        board = _board(tracker, folder)
-        store = _store(run, folder) if "pool" in (run.generation.where, run.rewards.where) else None
-        status, tags = "FAILED", dict[str, str]()
-        try:
-            progress.waiting("loading rewards")
-            rewards = score.start(run, cluster_nodes()) if run.rewards.where == "pool" else []
-            progress.waiting("starting workers")
-            outcome = _follow(run, _fit(run, folder, board, use_gpu, store, rewards), board, progress, store)
-            status = "FINISHED" if "finished" in outcome else "KILLED" if "stopped" in outcome else "FAILED"
-            tags = _tags(outcome.get("finished", {}))
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        except Exception as error:
-            error.add_note(f"Its checkpoints are in {folder}; --resume {folder.name} goes on after the newest.")
-            raise
-        finally:
-            _close(board, tracker, status, tags, progress)
+        outcome = _carried_out(run, folder, tracker, use_gpu, progress)
     if "refused" in outcome:
         raise Refused(*outcome["refused"]).error()
     if "stopped" in outcome:
         print(f"stopped after update {outcome['stopped']} of {run.train.updates}; go on with --resume {folder.name}")
         raise KeyboardInterrupt
     return _finished(run, folder, tracker, outcome["finished"])
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM, which `ray job stop` and a node's end send, counts as Ctrl-C; so does Ctrl-C where a shell had it ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def trial(run: Run, name: str, tags: Mapping[str, str], progress: Progress) -> None:
+    """One trial of a sweep in the folder `name` of the storage: begun, or continued after its newest checkpoint.
+
+    `progress` gets the rows, those from before included. Its MLflow run, found again by name, carries `tags`. Raises what
+    `train` does.
+    """
+    folder = Folder(run.storage) / name
+    if folder.size(RUN) is not None:
+        checkpoint.check_same_run(folder.read_json(RUN), run)
+    folder.write(RUN, run.model_dump_json(indent=1).encode())
+    tracker = tracking.start(run, tracking.prepare(run), name, folder, tags)
+    use_gpu = placement.claims(run, cluster_nodes())[0].gpus > 0
+    outcome = _carried_out(run, folder, tracker, use_gpu, progress)
+    if "refused" in outcome:
+        raise Refused(*outcome["refused"]).error()
+
+
+def _carried_out(run: Run, folder: Folder, tracker: Tracker, use_gpu: bool, progress: Progress) -> dict[str, Any]:
+    """Start pools and workers, and follow them to the end: what `learn.work` returned."""
+    if short := _not_free(run):
+        progress.say(f"waiting for {short}: other work holds them")
+    board = _board(tracker, folder)
+    store = _store(run, folder) if "pool" in (run.generation.where, run.rewards.where) else None
+    status, said = "FAILED", dict[str, str]()
+    try:
+        progress.waiting("loading rewards")
+        rewards = score.start(run, cluster_nodes()) if run.rewards.where == "pool" else []
+        progress.waiting("starting workers")
+        with _interruptible():
+            outcome = _trained(run, folder, board, use_gpu, store, rewards, progress)
+        status = "FINISHED" if "finished" in outcome else "KILLED" if "stopped" in outcome else "FAILED"
+        said = _tags(outcome.get("finished", {}))
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    except Exception as error:
+        error.add_note(f"Its checkpoints are in {folder}; --resume {folder.name} goes on after the newest.")
+        raise
+    finally:
+        _close(board, tracker, status, said, progress)
+    return outcome
 
 
 def preflight(run: Run) -> None:
@@ -176,6 +218,32 @@ def _store(run: Run, folder: Folder) -> Any:
     return actor.remote(folder.name, run.train.updates, pipeline.blocks(run), run.generation.max_staleness)
 
 
+def _trained(
+    run: Run, folder: Folder, board: Any, use_gpu: bool, store: Any, rewards: list[Group], progress: Progress
+) -> dict[str, Any]:
+    """The workers' outcome; when not all of them find a place any more, of as many as the run allows."""
+    from ray.train import ControllerError
+
+    while True:
+        try:
+            return _follow(run, _fit(run, folder, board, use_gpu, store, rewards), board, progress, store)
+        except ControllerError:
+            if (fewer := with_fewer_trainers(run, cluster_nodes())) is None:
+                raise
+            run = fewer
+            progress.say(f"goes on with what has room: {geometry(run)}")
+
+
+def with_fewer_trainers(run: Run, nodes: Sequence[placement.Node]) -> Run | None:
+    """The run with the most trainers that have room and divide its batch; None when these are fewer than it allows."""
+    room, least = placement.room(run, nodes, placement.TRAIN), run.pools.train.min_replicas
+    for workers in range(room, least - 1, -1) if least else ():
+        with suppress(ValueError):
+            geometry(run, workers)
+            return override(run, {"pools.train.replicas": workers})
+    return None
+
+
 def _fit(run: Run, folder: Folder, board: Any, use_gpu: bool, store: Any, rewards: list[Group]) -> Future[dict[str, Any]]:
     """Start the workers in a thread: in the main one Ray would answer Ctrl-C by killing them."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -189,13 +257,13 @@ def _fit(run: Run, folder: Folder, board: Any, use_gpu: bool, store: Any, reward
         learn.work,
         train_loop_config={
             "run": run.model_dump_json(),
+            "timeout": run.train.timeout,
             "folder": folder.uri,
             "board": board,
             "store": store,
             "rewards": rewards,
         },
-        # gloo's own timeout leaves the other workers waiting for half an hour
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=300),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=math.ceil(run.train.timeout)),
         scaling_config=ScalingConfig(
             num_workers=claim.replicas,
             use_gpu=use_gpu,
@@ -205,7 +273,10 @@ def _fit(run: Run, folder: Folder, board: Any, use_gpu: bool, store: Any, reward
         run_config=RunConfig(
             name=folder.name,
             storage_path=folder.uri.rpartition("/")[0],
-            failure_config=FailureConfig(max_failures=run.train.max_failures),
+            # Workers that find no place within RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S: -1 looks on for ever
+            failure_config=FailureConfig(
+                max_failures=run.train.max_failures, controller_failure_limit=-1 if run.pools.train.min_replicas is None else 0
+            ),
         ),
         datasets={"train": pipeline.factory(run, store, rewards)} if streamed else None,
         dataset_config=pipeline.data_config(run, nodes) if streamed else None,

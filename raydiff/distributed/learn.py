@@ -36,14 +36,14 @@ FINISHED = "finished.json"
 
 
 def work(config: dict[str, Any]) -> dict[str, Any]:
-    """What Ray Train calls on every worker. `config`: run (JSON), folder, board; store and rewards, if there are pools.
+    """What Ray Train calls on every worker. `config`: run (JSON), timeout, folder, board; store and rewards of pools.
 
     Returns {"finished": {...}}, {"stopped": update} after a stop that the driver asked for, or {"refused": (kind, message)}.
     An exception instead would mean a lost worker to Ray, which starts all of them again.
     """
     import ray.train.torch
 
-    ranks = Ranks()
+    ranks = Ranks(config["timeout"])
     try:
         with ranks.agreed():
             run = Run.model_validate_json(config["run"])

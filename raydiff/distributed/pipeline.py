@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -22,7 +23,7 @@ from raydiff.distributed.meter import PREFIX
 from raydiff.distributed.ranks import Ranks, plain
 from raydiff.distributed.score import RESTARTS, Group, Scorer, client
 from raydiff.distributed.weights import SyncError
-from raydiff.plan import cluster_nodes
+from raydiff.plan.clusters import cluster_nodes
 from raydiff.session import Session
 
 _STALENESS, _PROBE, _WAIT = (PREFIX + name for name in ("staleness", "probe_error", "learner_waited"))
@@ -104,7 +105,9 @@ def data_config(run: Run, nodes: list[placement.Node]) -> Any:
 
     others = [c for c in placement.claims(run, nodes) if c.pool == placement.REWARD]  # the trainers are left out by Train
     taken = ExecutionResources(cpu=sum(c.replicas * c.cpus for c in others), gpu=sum(c.replicas * c.gpus for c in others))
-    options = ExecutionOptions(preserve_order=True, exclude_resources=taken)
+    with warnings.catch_warnings():  # Ray 2.60's other way, labels, would need them on every node
+        warnings.filterwarnings("ignore", message=".*exclude_resources. is deprecated")
+        options = ExecutionOptions(preserve_order=True, exclude_resources=taken)
     return DataConfig(enable_shard_locality=False, execution_options=options)  # locality waits for blocks that cannot come
 
 

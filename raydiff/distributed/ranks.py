@@ -64,9 +64,9 @@ class Refused(Exception):
 class Ranks:
     """All workers of a run; every method is collective."""
 
-    def __init__(self, timeout: timedelta = timedelta(hours=1)) -> None:
-        # Longer than the training group's: rank 0 may write a large checkpoint while the others wait here.
-        self.group = dist.new_group(backend="gloo", timeout=timeout)
+    def __init__(self, timeout: float) -> None:
+        """timeout: seconds after which waiting for another rank raises RuntimeError."""
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def gather(self, value: T) -> list[T]:

@@ -76,17 +76,21 @@ def uri(run: Run) -> str:
 
 def prepare(run: Run) -> str:
     """Open the tracking store, the first time for seconds as SQLite's tables are made. Returns the experiment's id."""
-    client = _client(uri(run))
-    experiment = client.get_experiment_by_name(run.tracking.experiment)
-    if experiment is not None:
-        return str(experiment.experiment_id)
+    return experiment(uri(run), run.tracking.experiment, Folder(run.storage))
+
+
+def experiment(uri: str, name: str, folder: Folder) -> str:
+    """The id of the experiment of this name, made if need be; its artifacts go to the server, or below `folder`."""
+    client = _client(uri)
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
     # A server has a place for artifacts; MLflow's own without one is the folder where the driver happens to run.
-    server = uri(run).startswith(("http:", "https:", "databricks"))
-    place = None if server else (Folder(run.storage) / "mlartifacts" / run.tracking.experiment).uri
-    return str(client.create_experiment(run.tracking.experiment, artifact_location=place))
+    server = uri.startswith(("http:", "https:", "databricks"))
+    return str(client.create_experiment(name, artifact_location=None if server else (folder / "mlartifacts" / name).uri))
 
 
-def start(run: Run, experiment_id: str, name: str, folder: Folder) -> Tracker:
+def start(run: Run, experiment_id: str, name: str, folder: Folder, tags: Mapping[str, str] | None = None) -> Tracker:
     """The MLflow run of a started run: found by its name's tag, or made with the run's fields as parameters."""
     from mlflow.entities import Param
 
@@ -96,13 +100,55 @@ def start(run: Run, experiment_id: str, name: str, folder: Folder) -> Tracker:
         run_id = found[0].info.run_id
         client.update_run(run_id, status="RUNNING")
     else:
-        run_id = client.create_run(experiment_id, tags={NAME_TAG: name}, run_name=name).info.run_id
+        run_id = client.create_run(experiment_id, tags={NAME_TAG: name, **(tags or {})}, run_name=name).info.run_id
         params = [Param(path, parameter(value)) for path, value in flat(run).items()]
         for i in range(0, len(params), _AT_ONCE):
             client.log_batch(run_id, params=params[i : i + _AT_ONCE])
     tracker = Tracker(uri(run), run_id)
     tracker.file(folder, "run.json")
     return tracker
+
+
+def summary_run(
+    uri: str, experiment_id: str, name: str, *, metrics: Mapping[str, float], files: Sequence[Path], params: Mapping[str, Any]
+) -> Tracker:
+    """The finished MLflow run of this name, made or brought up to date, with local files as artifacts."""
+    from mlflow.entities import Metric, Param
+
+    client, now = _client(uri), int(time.time() * 1000)
+    found = client.search_runs([experiment_id], f"tags.`{NAME_TAG}` = '{name}'", max_results=1)
+    run_id = (found[0] if found else client.create_run(experiment_id, tags={NAME_TAG: name}, run_name=name)).info.run_id
+    logged = [Metric(metric, value, now, 0) for metric, value in metrics.items()]
+    for i in range(0, len(logged), _AT_ONCE):
+        client.log_batch(run_id, metrics=logged[i : i + _AT_ONCE])
+    if not found:
+        client.log_batch(run_id, params=[Param(key, parameter(value)) for key, value in params.items()])
+    for file in files:
+        client.log_artifact(run_id, str(file))
+    client.set_terminated(run_id, "FINISHED")
+    return Tracker(uri, run_id)
+
+
+def of_comparison(folder: Path, files: Sequence[Path]) -> Tracker:
+    """The MLflow run of a `raydiff bench` folder, in a SQLite file there: the report's files and records, and what each method
+    paid."""
+    place = f"sqlite:///{folder.resolve()}/mlflow.db"
+    found = json.loads((folder / "results.json").read_text())
+    metrics = {
+        f"{task}/{method}/queries_to_{price['threshold']:g}": price["queries"]["value"]
+        for task, methods in found["tasks"].items()
+        for method, result in methods.items()
+        for price in result["prices"]
+        if price["queries"]["value"] is not None
+    }
+    return summary_run(
+        place,
+        experiment(place, "raydiff-bench", Folder(folder)),
+        folder.resolve().name,
+        metrics=metrics,
+        files=[*files, *sorted((folder / "runs").glob("*.json"))],
+        params={name: found[name] for name in ("machine", "date", "seeds")},
+    )
 
 
 def record(run: Run, name: str, metrics: Mapping[str, float], files: Sequence[Path], of: str) -> Tracker:
@@ -113,16 +159,41 @@ def record(run: Run, name: str, metrics: Mapping[str, float], files: Sequence[Pa
     from mlflow.entities import Metric
     from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-    experiment, client = prepare(run), _client(uri(run))
-    found = client.search_runs([experiment], f"tags.`{NAME_TAG}` = '{of}'", max_results=1)
+    experiment_id, client = prepare(run), _client(uri(run))
+    found = client.search_runs([experiment_id], f"tags.`{NAME_TAG}` = '{of}'", max_results=1)
     tags = {MLFLOW_PARENT_RUN_ID: found[0].info.run_id} if found else {}
-    tracker = Tracker(uri(run), client.create_run(experiment, tags=tags, run_name=name).info.run_id)
+    tracker = Tracker(uri(run), client.create_run(experiment_id, tags=tags, run_name=name).info.run_id)
     now = int(time.time() * 1000)
     client.log_batch(tracker.run_id, metrics=[Metric(metric, value, now, 0) for metric, value in metrics.items()])
     for file in files:
         client.log_artifact(tracker.run_id, str(file))
     tracker.finish("FINISHED", {})
     return tracker
+
+
+def open_run(uri: str, experiment_id: str, name: str, fields: Mapping[str, Any]) -> Tracker:
+    """The running MLflow run of a sweep: found by its name's tag, or made with `fields` as parameters."""
+    from mlflow.entities import Param
+
+    client = _client(uri)
+    if found := client.search_runs([experiment_id], f"tags.`{NAME_TAG}` = '{name}'", max_results=1):
+        client.update_run(found[0].info.run_id, status="RUNNING")
+        return Tracker(uri, found[0].info.run_id)
+    run_id = client.create_run(experiment_id, tags={NAME_TAG: name}, run_name=name).info.run_id
+    client.log_batch(run_id, params=[Param(key, parameter(value)) for key, value in fields.items()])
+    return Tracker(uri, run_id)
+
+
+def close_trials(uri: str, parent: str, status: Mapping[str, str]) -> None:
+    """End the MLflow runs of trials that could not do it themselves. `status` by trial: finished, stopped early or failed."""
+    client = _client(uri)
+    experiment_id = client.get_run(parent).info.experiment_id
+    for run in client.search_runs([experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'", max_results=5000):
+        became = status.get(run.data.tags["ray.trial_id"])
+        if became == "stopped early":
+            client.set_tag(run.info.run_id, STOPPED_TAG, "the sweep's scheduler")
+        if run.info.status == "RUNNING" and became:
+            client.set_terminated(run.info.run_id, "FAILED" if became == "failed" else "FINISHED")
 
 
 def parameter(value: Any) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -19,6 +20,14 @@ from raydiff.core.rollouts import Rollouts
 from raydiff.core.schedule import Schedule
 
 
+class UsualBeta(NamedTuple):
+    """What a method's β means, and the range in which it has been useful."""
+
+    low: float
+    high: float
+    meaning: str
+
+
 class Method(PluginConfig):
     """Which points of a trajectory to keep, and the loss on them."""
 
@@ -28,6 +37,11 @@ class Method(PluginConfig):
     """Passes over the samples of an update. More than one trains on samples of slightly older weights."""
     minibatches: int = Field(1, ge=1)
     """Optimiser steps in a pass; must divide the micro-batches of each worker."""
+
+    @property
+    def usual_beta(self) -> UsualBeta | None:
+        """A β outside it is warned of, and refused by sweeps. None: there is none, or it depends on the rewards' scale."""
+        return None
 
     @property
     def needs_reference(self) -> bool:
@@ -65,6 +79,10 @@ class Method(PluginConfig):
         return None
 
     def check(self, run: Run) -> None:
+        usual, beta = self.usual_beta, getattr(self, "beta", None)
+        if usual and beta is not None and not usual.low <= beta <= usual.high:
+            where = f"is outside {usual.low:g} to {usual.high:g}"
+            warnings.warn(f"method.beta = {beta:g} {where}: here it is {usual.meaning}", stacklevel=2)
         if run.generation.where == "pool" and max(self.keep(run.sampler.steps, torch.Generator())) == 0:
             raise ValueError(
                 f'generation.where = "pool": method.kind = {self.kind!r} differentiates all {run.sampler.steps} steps here,'

@@ -18,7 +18,7 @@ from raydiff.core.log_prob import log_ratio, transition_log_prob
 from raydiff.core.policy import Policy
 from raydiff.core.preferences import Rule, Which, accuracy, logistic_loss, mean_over, preferred_pairs
 from raydiff.core.rollouts import Rollouts
-from raydiff.methods.base import TrajectoryMethod
+from raydiff.methods.base import TrajectoryMethod, UsualBeta
 
 
 class Plugin(TrajectoryMethod):
@@ -40,6 +40,12 @@ class Plugin(TrajectoryMethod):
     `inner_epochs` make."""
     ties: Literal["drop", "keep"] = "drop"
     """Leave ties out of the mean, or count each as log 2 without a gradient, as the official code does."""
+
+    @property
+    def usual_beta(self) -> UsualBeta:
+        if self.log_prob_reduction == "sum":
+            return UsualBeta(1e-8, 1, 'the factor of log-ratios that are sums over the latent: that of "mean" divided by D')
+        return UsualBeta(1e-3, 100, "the factor of log-ratios that are means over the latent, published as 0.1")
 
     @property
     def needs_reference(self) -> bool:

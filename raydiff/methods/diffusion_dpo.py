@@ -6,22 +6,18 @@ Legend: B prompts, G attempts, P pairs, R attempts that are in a pair.
 
 from __future__ import annotations
 
-import warnings
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from raydiff.config import Run
 from raydiff.core.denoising import noised
 from raydiff.core.learner import Metrics
 from raydiff.core.policy import Policy
 from raydiff.core.preferences import Which, accuracy, logistic_loss, mean_over, preferred_pairs
 from raydiff.core.rollouts import Rollouts
-from raydiff.methods.base import PairMethod
-
-_USUAL = (1, 20000)  # of beta
+from raydiff.methods.base import PairMethod, UsualBeta
 
 
 class Plugin(PairMethod):
@@ -42,19 +38,17 @@ class Plugin(PairMethod):
     """Logistic loss, or IPO's squared distance of the log-ratio to 1/(2·beta), times beta² (Azar et al. 2023, eq. 17)."""
 
     @property
+    def usual_beta(self) -> UsualBeta:
+        return UsualBeta(
+            1,
+            100_000,
+            "the factor of squared errors that are means over the latent, published as 2000 to 5000 (multiply one of summed"
+            " errors by 2·C·h·w, and one without the half by 2)",
+        )
+
+    @property
     def needs_reference(self) -> bool:
         return True
-
-    def check(self, run: Run) -> None:
-        super().check(run)
-        low, high = _USUAL
-        if not low <= self.beta <= high:
-            warnings.warn(
-                f"method.beta = {self.beta:g} is outside {low}..{high}: here errors are means over the latent and inside ="
-                " -beta/2·difference, the official code's convention with 2000 to 5000; for a beta of summed errors, multiply"
-                " by 2·C·h·w, for one without the half, by 2",
-                stacklevel=2,
-            )
 
     def loss(self, policy: Policy, batch: Rollouts) -> tuple[Tensor, Metrics]:
         """Step, noise and dropout are one draw a prompt, for both sides of a pair and for policy and reference alike."""

@@ -6,8 +6,6 @@ numbers whose calls are counted, and once on the model's shapes (torch's meta de
 
 from __future__ import annotations
 
-import contextlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,28 +14,11 @@ import torch
 from raydiff import placement, watch
 from raydiff.config import Geometry, Run, geometry
 from raydiff.core.policy import Calls
-from raydiff.placement import Claim, Node
+from raydiff.placement import Claim
+from raydiff.plan.clusters import Machine
 from raydiff.plan.cost import count
-from raydiff.plan.memory import Memory, gib, measure
+from raydiff.plan.memory import Memory, Model, gib, measure
 from raydiff.preflight import faults
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What there is to run on."""
-
-    where: str
-    nodes: tuple[Node, ...]
-    memory: int | None = None  # bytes of the whole machine; None: not known
-    gpu_memory: int | None = None  # bytes of one GPU
-
-    @property
-    def cpus(self) -> float:
-        return sum(node.cpus for node in self.nodes)
-
-    @property
-    def gpus(self) -> float:
-        return sum(node.gpus for node in self.nodes)
 
 
 @dataclass(frozen=True)
@@ -50,6 +31,9 @@ class Plan:
     evaluations: int
     total: Calls
     memory: Memory | None
+    disk: int | None  # bytes of the checkpoints and adapters that a run keeps
+    traffic: dict[str, int]
+    """Bytes that an update moves between the pools, by what they are."""
     claims: tuple[Claim, ...]
     machine: Machine
     problems: tuple[str, ...]
@@ -62,7 +46,7 @@ def plan(run: Run, machine: Machine) -> Plan:
     """Look at a run and at a machine, or at a cluster's resources. Loads no weights."""
     problems, notes = faults(run) + placement.faults(run, machine.nodes, machine.where), []
     claims = placement.claims(run, machine.nodes)
-    notes += _idle_generators(run)
+    notes += _idle_generators(run) + _growth(run, machine)
 
     update, evaluation, probe = count(run)
     evaluations = 1 + sum(watch.due(run, s) for s in range(1, run.train.updates + 1))
@@ -73,8 +57,7 @@ def plan(run: Run, machine: Machine) -> Plan:
         )
     )
 
-    parameters: dict[str, int] = {}
-    memory: Memory | None = None
+    model: Model | None = None
     folder = model_folder(run)
     if folder is None:
         notes.append(
@@ -83,51 +66,21 @@ def plan(run: Run, machine: Machine) -> Plan:
         )
     elif not any(fault.startswith("model") for fault in problems):
         try:
-            parameters, memory = measure(run, folder)
+            model = measure(run, folder)
         except ValueError as error:
             problems.append(str(error))
-    if memory is not None:
-        problems += _too_big(run, machine, memory, gpu=claims[0].gpus > 0)
+    if model is not None:
+        problems += _too_big(run, machine, model.memory, gpu=claims[0].gpus > 0)
         notes.append(
             "memory: bytes live at once, traced on the model's shapes with flash-type attention; the allocator's slack (about"
             " a tenth), the CUDA context or the Python process (0.5-1 GiB), DeepSpeed's buckets and the rewards' own weights"
             " and activations come on top"
         )
     return Plan(
-        run.name, geometry(run), parameters, update, evaluation, evaluations, total, memory,
+        run.name, geometry(run), model.parameters if model else {}, update, evaluation, evaluations, total,
+        model.memory if model else None, _disk(run, model) if model else None, _traffic(run, model, update) if model else {},
         tuple(claims), machine, tuple(problems), tuple(notes),
     )  # fmt: skip
-
-
-def machine() -> Machine:
-    """The cluster that RAY_ADDRESS names, or this machine."""
-    if address := os.environ.get("RAY_ADDRESS"):
-        import ray
-
-        with contextlib.ExitStack() as stack:
-            if not ray.is_initialized():
-                ray.init(address=address, logging_level="ERROR", log_to_driver=False)
-                stack.callback(ray.shutdown)
-            return Machine(f"the cluster at {address}", tuple(cluster_nodes()))
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    gpus = torch.cuda.device_count()
-    return Machine(
-        where="this machine",
-        nodes=(Node(cpus, gpus),),
-        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        gpu_memory=torch.cuda.get_device_properties(0).total_memory if gpus else None,
-    )
-
-
-def cluster_nodes() -> list[Node]:
-    """The nodes of the Ray cluster that is connected."""
-    import ray
-
-    return [
-        Node(node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0), node["Labels"])
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
 
 
 def model_folder(run: Run) -> Path | None:
@@ -148,6 +101,32 @@ def model_folder(run: Run) -> Path | None:
     except ValueError:  # not the form of a hub id: preflight has said so
         return None
     return Path(str(found[0])).parents[1] if all(isinstance(f, str) for f in found) else None
+
+
+def _disk(run: Run, model: Model) -> int:
+    """Bytes of a run's folder at its largest: the checkpoints that are kept and one that is written, and both adapters."""
+    kinds = 3 + (run.optimizer.ema is not None) + 1  # weights, Adam's two moments, the average, the best weights
+    return 4 * model.parameters["trained"] * (kinds * (run.train.keep_checkpoints + 1) + 2)
+
+
+def _traffic(run: Run, model: Model, update: Calls) -> dict[str, int]:
+    """Bytes between the pools in an update: weights out, latents in, pictures to the reward pool and gradients back."""
+    found: dict[str, int] = {}
+    if run.generation.where == "pool":
+        found["weights"] = 4 * model.parameters["trained"] * (1 + run.pools.generate.replicas)
+        kept = len(run.method.keep(run.sampler.steps, torch.Generator().manual_seed(0)))
+        found["latents"] = 4 * update.images * kept * model.latent
+    if run.rewards.where == "pool":
+        both = 1 if run.method.needs_rewards else 2  # a reward's gradient is as large as its picture
+        found["pictures and gradients"] = 4 * update.reward_queries * model.picture * both
+    return found
+
+
+def _growth(run: Run, machine: Machine) -> list[str]:
+    """Whether a cluster that grows has to, for this run."""
+    if machine.at_first is None or not (short := placement.faults(run, machine.at_first, f"{machine.where} at first")):
+        return []
+    return ["the cluster has to grow for this run, so submit it with --grows: " + "; ".join(short)]
 
 
 def _idle_generators(run: Run) -> list[str]:

@@ -37,6 +37,7 @@ class Memory:
     ema: int
     update: int  # peak of one micro-batch
     evaluation: int  # peak of one evaluation batch
+    generator: int  # peak of what a generator samples at once
 
     @property
     def states(self) -> int:
@@ -46,9 +47,24 @@ class Memory:
     def total(self) -> int:
         return self.states + max(self.update, self.evaluation)
 
+    @property
+    def of_generator(self) -> int:
+        """Bytes of one generator, which trains nothing."""
+        return self.frozen + self.trained + self.generator
 
-def measure(run: Run, folder: Path) -> tuple[dict[str, int], Memory]:
-    """(parameters by part, bytes by use of one worker). Raises ValueError for LoRA targets that the model lacks."""
+
+@dataclass(frozen=True)
+class Model:
+    """A run's model, by its configs alone."""
+
+    parameters: dict[str, int]  # by part, with "trained"
+    memory: Memory
+    latent: int  # values of one
+    picture: int  # values of one
+
+
+def measure(run: Run, folder: Path) -> Model:
+    """Build the model without its weights. Raises ValueError for LoRA targets that it lacks."""
     skeleton = run.model.skeleton(folder, reference=run.method.needs_reference, checkpointing=run.train.gradient_checkpointing)
     Schedule.from_config(skeleton.pipe.scheduler.config, run.sampler.steps)  # refuses more steps than the model has
     trained = skeleton.trained()
@@ -64,15 +80,20 @@ def measure(run: Run, folder: Path) -> tuple[dict[str, int], Memory]:
         return -(-4 * count // (workers if stage >= since else 1))
 
     flat_copy = share(1) if stage else 0  # ZeRO's optimiser steps on a flat fp32 copy of its share
-    return {**{k: n for k, n in parts.items() if n}, "trained": count}, Memory(
+    memory = Memory(
         frozen=frozen,
         trained=share(3),
         gradients=share(2),
         optimizer=2 * share(1) + flat_copy,
         ema=4 * count if run.optimizer.ema is not None else 0,
         update=_peak_of_update(run, skeleton),
-        evaluation=_peak_of_evaluation(run, skeleton),
+        evaluation=_peak_of_sampling(run, skeleton, min(run.evaluate.batch, -(-run.evaluate.images // workers))),
+        generator=_peak_of_sampling(run, skeleton, run.batch.micro * run.method.attempts),
     )
+    latent = torch.empty(1, *skeleton.latent_shape, device="meta")
+    with torch.no_grad():
+        picture = skeleton.decode(latent).numel()
+    return Model({**{k: n for k, n in parts.items() if n}, "trained": count}, memory, latent.numel(), picture)
 
 
 def _peak_of_update(run: Run, skeleton: Any) -> int:
@@ -97,8 +118,8 @@ def _peak_of_update(run: Run, skeleton: Any) -> int:
     return more + (more - fewer) * (points(steps) - _POINTS) // (_POINTS - half)
 
 
-def _peak_of_evaluation(run: Run, skeleton: Any) -> int:
-    size = min(run.evaluate.batch, -(-run.evaluate.images // run.pools.train.replicas))
+def _peak_of_sampling(run: Run, skeleton: Any, size: int) -> int:
+    """Live bytes at the worst moment of a batch without a graph."""
     with torch.no_grad(), _fused_attention(), Live([*_tensors(skeleton)]) as live:
         x = torch.empty(size, *skeleton.latent_shape, device="meta")
         skeleton.predict(skeleton.denoiser, ["a"] * size, run.sampler.guidance)(x, torch.empty(size, device="meta"))

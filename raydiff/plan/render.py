@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from raydiff.placement import GENERATE
 from raydiff.plan import Plan
 from raydiff.plan.memory import gib
 
@@ -49,7 +50,13 @@ def render(plan: Plan) -> Any:
             ("in all", m.total),
         ):  # fmt: skip
             memory.add_row(label, gib(size))
+        if any(claim.pool == GENERATE for claim in plan.claims):
+            memory.add_row("a generator, in all", gib(m.of_generator))
         parts += [Text(), memory]
+    if plan.disk is not None:
+        facts.add_row("storage", f"{gib(plan.disk)} of checkpoints and adapters")
+    if plan.traffic:
+        facts.add_row("an update moves", ", ".join(f"{gib(size)} of {what}" for what, size in plan.traffic.items()))
     parts += [Text(f"\nnote: {note}", style="dim") for note in plan.notes]
     parts += [Text(f"\ncannot work: {problem}", style="bold red") for problem in plan.problems]
     return Group(*parts)

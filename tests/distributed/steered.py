@@ -21,6 +21,8 @@ class Plugin(RewardConfig):
     die_once: str | None = None
     """A file that does not exist yet: the worker that makes it is killed, in its `die_at`-th call with a gradient."""
     die_at: int = 3
+    hang_once: str | None = None
+    """A file that does not exist yet: the call with a gradient that makes it never ends."""
     raise_once: str | None = None
     """A file that does not exist yet: the call that makes it raises."""
     raise_for: str | None = None
@@ -43,6 +45,8 @@ class Plugin(RewardConfig):
             calls += images.requires_grad
             if self.die_once and calls == self.die_at and first(Path(self.die_once)):
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.hang_once and images.requires_grad and first(Path(self.hang_once)):
+                time.sleep(10_000)
             if self.die_for in prompts:
                 os.kill(os.getpid(), signal.SIGKILL)
             if (self.raise_once and first(Path(self.raise_once))) or self.raise_for in prompts:

@@ -9,11 +9,12 @@ import pytest
 from rich.console import Console
 
 from raydiff.config import ConfigError, Run
-from raydiff.distributed import tracking
+from raydiff.distributed import launch, tracking
 from raydiff.distributed.launch import _fresh, preflight
 from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.storage import Folder
 from raydiff.distributed.tracking import Board, Tracker
+from raydiff.placement import Node
 
 MakeRun = Callable[..., Run]
 
@@ -85,3 +86,13 @@ def test_board_survives_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     said = board.flush()
     assert said is not None
     assert said.startswith("2 entries could not be logged to MLflow")
+
+
+@pytest.mark.parametrize(
+    ("room", "least", "workers"), [(4, 1, 4), (3, 1, 2), (3, 2, 2), (1, 2, None), (3, 3, None), (2, None, None)]
+)
+def test_lost_trainers(tiny_run: Callable[..., Run], room: int, least: int | None, workers: int | None) -> None:
+    """8 prompts in micro-batches of 2 go to 4, 2 or 1 workers."""
+    batch = {"batch": {"size": 8, "micro": 2}, "pools.train.replicas": 4, "pools.train.min_replicas": least}
+    fewer = launch.with_fewer_trainers(tiny_run(changes=batch), [Node(1)] * room)
+    assert (fewer.pools.train.replicas if fewer else None) == workers

@@ -9,11 +9,15 @@ import textwrap
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+
+from raydiff.config import Run
+from tests.distributed.conftest import wait_for
+from tests.distributed.test_train import index
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 pytest.importorskip("ray")
@@ -32,7 +36,7 @@ def environment() -> Iterator[dict[str, str]]:
     """What local.sh says to export; afterwards it has been stopped by Ctrl-C, with all that it started."""
     arguments = [word for pool, cpus in CPUS.items() for word in (f"--{pool}", str(cpus))]
     script = subprocess.Popen(
-        ["bash", "cluster/local.sh", *arguments, "--port", "6600"],
+        ["env", "--default-signal=INT", "bash", "cluster/local.sh", *arguments, "--port", "6600"],
         cwd=ROOT,
         env={**os.environ, "PATH": PATH, "PYTHONPATH": str(ROOT), "RAYDIFF_TEST_URI": "http://of-the-cluster"},
         stdout=subprocess.PIPE,
@@ -93,7 +97,7 @@ def test_a_job_sees_labelled_nodes(environment: dict[str, str]) -> None:
     """Also: its working directory without --working-dir, and who fills in a variable of its command."""
     script = """
         import os, sys, ray
-        from raydiff.plan import cluster_nodes
+        from raydiff.plan.clusters import cluster_nodes
         ray.init(logging_level="ERROR")
         for node in cluster_nodes():
             print("node", node.labels.get("raydiff-pool"), int(node.cpus))
@@ -106,25 +110,65 @@ def test_a_job_sees_labelled_nodes(environment: dict[str, str]) -> None:
     assert f"uri tracking.uri=http://of-the-cluster cwd {ROOT}" in said.splitlines()
 
 
-def test_a_stopped_job_gets_ctrl_c_and_time(environment: dict[str, str], tmp_path: Path) -> None:
-    """What docs/clusters.md says to submit with: `ray job stop` then is a Ctrl-C, and waits for the last checkpoint."""
-    marker = tmp_path / "marker"
-    script = f"""
-        import pathlib, time, ray
-        ray.init(logging_level="ERROR")
-        marker = pathlib.Path({str(marker)!r})
-        try:
-            marker.write_text("running")
-            time.sleep(300)
-        except KeyboardInterrupt:
-            time.sleep(5)
-            marker.write_text("checkpoint")
-    """
-    graceful = '{"env_vars": {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "600"}}'
-    command = ["--", "python", "-c", textwrap.dedent(script)]
-    submit(environment, "--no-wait", "--submission-id", "graceful", "--runtime-env-json", graceful, *command)
-    end = time.monotonic() + 90
-    while not marker.exists() and time.monotonic() < end:
-        time.sleep(0.5)
-    subprocess.run(["ray", "job", "stop", "graceful"], env=environment, check=True, capture_output=True, timeout=90)
-    assert marker.read_text() == "checkpoint"
+@pytest.fixture
+def recipe(tiny_run: Callable[..., Run], tmp_path: Path) -> Path:
+    """A run of 12 slow updates on the labelled nodes, in a folder of its own."""
+    run = tiny_run(
+        changes={
+            "storage": str(tmp_path / "storage"),
+            "train.updates": 12,
+            "rewards": {"blue": {"kind": "tests.distributed.steered", "pause": 1.0}},
+            "generation.where": "pool",
+            "rewards.where": "pool",
+            **{f"pools.{pool}.labels": {"raydiff-pool": pool} for pool in CPUS},
+        }
+    )
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "recipe.json").write_text(run.model_dump_json())
+    return folder / "recipe.json"
+
+
+def raydiff(environment: dict[str, str], recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "raydiff.cli", "submit", recipe.name, *arguments]
+    return subprocess.run(command, env=environment, cwd=recipe.parent, capture_output=True, text=True, timeout=280)
+
+
+def test_submit_follow_stop_and_resume(environment: dict[str, str], recipe: Path) -> None:
+    """A job that is stopped leaves a checkpoint, and a second one goes on after it."""
+    job = raydiff(environment, recipe, "--no-follow").stdout.strip()
+    storage = recipe.parents[1] / "storage"
+    wait_for(index(str(storage), 2), 200)
+    subprocess.run(["ray", "job", "stop", job], env=environment, check=True, capture_output=True, timeout=120)
+    (folder,) = (path.parent for path in storage.glob("*/run.json"))
+    done = max(int(path.name.split("_")[1]) for path in folder.glob("checkpoint_*"))
+    log = subprocess.run(["ray", "job", "logs", job], env=environment, capture_output=True, text=True, check=True).stdout
+    assert f"stopped after update {done} of 12; go on with --resume {folder.name}" in log
+    assert "\r" not in log
+
+    second = raydiff(environment, recipe, "--resume", folder.name)
+    assert second.returncode == 0, second.stdout + second.stderr
+    lines = second.stdout.splitlines()
+    assert any(line.startswith(f"update {done + 1}/12") for line in lines)  # it went on, and was followed
+    assert any(line.startswith("finished 12 updates") for line in lines)
+    assert (folder / "finished.json").exists()
+    assert (folder / "adapter").is_dir()
+
+
+def test_a_failing_job_says_why(environment: dict[str, str], recipe: Path) -> None:
+    """What only shows on the cluster: exit code and message arrive."""
+    failed = raydiff(environment, recipe, "storage=/proc/nowhere")
+    assert failed.returncode == 2
+    assert "storage = '/proc/nowhere'" in failed.stdout
+    full = raydiff(environment, recipe, "pools.train.replicas=9")
+    assert full.returncode == 2
+    assert "pools.train: 9 × (1 CPUs) = 9 CPUs; the cluster has 2 CPUs left for it" in full.stderr
+
+
+def test_a_wrong_token_is_refused(environment: dict[str, str], recipe: Path, tmp_path: Path) -> None:
+    other = tmp_path / "token"
+    other.write_text("0" * 64)
+    refused = raydiff({**environment, "RAY_AUTH_TOKEN_PATH": str(other)}, recipe)
+    assert refused.returncode == 2
+    assert "token" in refused.stderr.lower()
+    assert "Traceback" not in refused.stderr

@@ -127,3 +127,13 @@ def test_a_reward_node_removed_for_good(nodes: Nodes, labelled: MakeRun, tmp_pat
     )
     result = disturbed(run, lambda: nodes.cluster.remove_node(second, allow_graceful=False))
     assert_equal_step_by_step(result, reference(labelled))
+
+
+def test_a_removed_train_node(nodes: Nodes, labelled: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker that is left goes on with twice the micro-batches."""
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
+    second = nodes.add("train")
+    trainers = {"pools.train.num_cpus": 1, "pools.train.min_replicas": 1}
+    run = labelled({"storage": str(tmp_path), "rewards.blue.pause": 0.5, **trainers})
+    result = disturbed(run, lambda: nodes.cluster.remove_node(second, allow_graceful=False))
+    assert_equal_step_by_step(result, reference(labelled))

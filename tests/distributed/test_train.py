@@ -168,6 +168,15 @@ def test_killed_worker_changes_nothing(uninterrupted: Result, ray_run: MakeRun, 
     assert steps(result, "seconds") == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
+def test_a_hung_worker_changes_nothing(uninterrupted: Result, ray_run: MakeRun, tmp_path: Path) -> None:
+    """All workers are started again when one has not answered for train.timeout seconds."""
+    result = train(ray_run({"rewards.blue.hang_once": str(tmp_path / "hung"), "train.timeout": 15}))
+    assert (tmp_path / "hung").exists()
+    assert_same_adapter(result, uninterrupted)
+    assert steps(result) == [1, 2, 3, 4]
+
+
 def test_killed_driver_resumes(uninterrupted: Result, cluster: str, ray_run: MakeRun, tmp_path: Path) -> None:
     run = ray_run({"storage": str(tmp_path / "runs"), "rewards.blue.pause": 0.3})
     process = driver(run, cluster, tmp_path / "run.json")
@@ -185,10 +194,9 @@ def test_killed_driver_resumes(uninterrupted: Result, cluster: str, ray_run: Mak
 def test_ctrl_c_makes_a_checkpoint_for_any_workers(
     uninterrupted: Result, cluster: str, ray_run: MakeRun, tmp_path: Path
 ) -> None:
-    run = ray_run({"storage": str(tmp_path), "rewards.blue.pause": 0.5, "train.checkpoint_every": 100})
+    run = ray_run({"storage": str(tmp_path), "rewards.blue.pause": 1.0, "train.checkpoint_every": 100})
     process = driver(run, cluster, tmp_path / "run.json")
     wait_for(lambda: next(iter(tmp_path.glob("*/pictures/step_000000.png")), None))
-    time.sleep(1)
     start = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=120)[0].decode()

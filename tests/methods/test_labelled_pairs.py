@@ -21,7 +21,8 @@ from raydiff.data import feedback, pickapic, preferences
 from raydiff.data.prompts import slots
 from raydiff.models.lora import WEIGHTS
 from raydiff.placement import Node
-from raydiff.plan import Machine, plan
+from raydiff.plan import plan
+from raydiff.plan.clusters import Machine
 from raydiff.plan.cost import Backward
 from raydiff.plan.memory import GIB, Live
 from raydiff.preflight import faults
@@ -274,11 +275,11 @@ def test_only_a_labelled_run_may_have_no_rewards(labelled: Make, tmp_path: Path)
         override(run, {"method.source": "rollouts", "pairs.path": None})
 
 
-@pytest.mark.parametrize(("beta", "warned"), [(0.1, True), (0.99, True), (1, False), (5000, False), (20001, True)])
+@pytest.mark.parametrize(("beta", "warned"), [(0.1, True), (0.99, True), (1, False), (5000, False), (200_000, True)])
 def test_a_beta_of_another_convention_is_warned_of(labelled: Make, beta: float, warned: bool) -> None:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         labelled(changes={"method.beta": beta})
     texts = [str(w.message) for w in found if "method.beta" in str(w.message)]
     assert bool(texts) == warned
-    assert all(f"method.beta = {beta:g} is outside 1..20000: here errors are means over the latent" in t for t in texts)
+    assert all(f"method.beta = {beta:g} is outside 1 to 100000: here it is the factor of squared errors" in t for t in texts)
