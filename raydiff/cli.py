@@ -392,7 +392,7 @@ def _train_here(run: Run) -> None:
     if "://" in run.storage:
         raise ValueError(f"storage = {run.storage!r}: a run with --local writes to a folder of this machine")
     gpus = run.pools.train.num_gpus
-    device = "cpu" if gpus == 0 else _device("cuda" if gpus else None, f"pools.train.num_gpus = {gpus:g}:")
+    device = "cpu" if gpus == 0 else _device(None) if gpus is None else _device("cuda", f"pools.train.num_gpus = {gpus:g}:")
     folder = Path(run.storage) / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     _writable(folder)
     (folder / "run.json").write_text(run.model_dump_json(indent=1))

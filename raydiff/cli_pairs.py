@@ -102,6 +102,15 @@ def from_rewards(
 
 
 @app.command()
+def to_label(recipe: RecipeFile, overrides: Overrides = None, to: To = Path("to_label.parquet"), device: Device = None) -> None:
+    """Draw what D3PO with method.source = "labels" will train on, for people to fill in the column label: 1, 0.5 or 0."""
+    from raydiff.config import load
+    from raydiff.data import feedback
+
+    typer.echo(feedback.to_label(load(recipe, overrides or ()), to, device=device or _device()))
+
+
+@app.command()
 def encode(recipe: RecipeFile, overrides: Overrides = None, device: Device = None) -> None:
     """Encode a recipe's pairs into latents ahead of training, which otherwise does so when it starts."""
     from raydiff.config import load

@@ -8,6 +8,7 @@ from pathlib import Path
 from raydiff.config import Run
 from raydiff.data.preferences import overview
 from raydiff.data.prompts import read_both
+from raydiff.data.verdicts import Verdicts
 
 
 def faults(run: Run) -> list[str]:
@@ -34,9 +35,9 @@ def faults(run: Run) -> list[str]:
         read_both(run.prompts)
     except (ValueError, OSError) as error:
         found.append(str(error) if str(error).startswith("prompts") else f"prompts: {error}")
-    if run.method.labelled:
+    if run.method.labelled or run.method.judged:
         try:
-            overview(str(run.pairs.path))
+            (Verdicts.read if run.method.judged else overview)(str(run.pairs.path))
         except (ValueError, OSError) as error:
             found.append(str(error) if str(error).startswith("pairs") else f"pairs.path: {error}")
     if "://" not in run.storage and not _can_write(Path(run.storage)):

@@ -26,6 +26,7 @@ from raydiff.core.reward_vjp import Score, weighted_sum
 from raydiff.core.rollouts import Rollouts
 from raydiff.data.latents import Latents, prepare
 from raydiff.data.prompts import read_both, slots, tickets
+from raydiff.data.verdicts import Verdicts
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Session:
     gather: Gather = alone
     ema: Ema | None = field(init=False, default=None)
     pairs: Latents | None = field(init=False, default=None)  # what a method trains on that samples nothing
+    verdicts: Verdicts | None = field(init=False, default=None)  # what compares the samples in place of rewards
     probes: dict[int, Probe] = field(init=False, default_factory=dict)  # by the batch of an evaluation
 
     def __post_init__(self) -> None:
@@ -116,10 +118,16 @@ class Session:
             self.ema = Ema(self.model.trained(), run.optimizer.ema)
 
     def prepare(self, told: Callable[[int, int], None] = lambda done, pieces: None) -> None:
-        """Encode the labelled pairs, where the method trains on them and that is not done yet: collective, before any update.
+        """Encode the labelled pairs, where the method trains on them and that is not done yet; read the labels, where they
+        compare its samples. Collective, before any update.
 
         `told` hears how many of the missing pieces are done. Raises PairsError or OSError.
         """
+        if self.method.judged:
+            self.verdicts = Verdicts.read(str(self.run.pairs.path))
+            wanted = tickets(self.run, self.train_prompts, 0)
+            for g in range(self.method.attempts):  # nobody's verdict is missed in the middle of the update
+                self.verdicts.of([prompt for prompt, _ in wanted], [mix(seed, g) for _, seed in wanted])
         if self.method.labelled:
             config = self.run.pairs, self.model, self.run.evaluate.batch
             self.pairs = prepare(*config, rank=self.rank, workers=self.workers, gather=self.gather, told=told)
@@ -189,9 +197,12 @@ class Session:
 
     @torch.no_grad()
     def scored(self, rollouts: Rollouts) -> Rollouts:
-        """The rollouts with rewards, if the method needs them and they have none."""
+        """The rollouts with rewards, if the method needs them and they have none: "total" alone, where people gave it."""
         if not self.method.needs_rewards or rollouts.rewards is not None:
             return rollouts
+        if self.verdicts is not None:
+            total = self.verdicts.of(rollouts.flat_prompts(), rollouts.flat_seeds())
+            return replace(rollouts, rewards={"total": total.to(rollouts.latents).view(rollouts.seeds.shape)})
         clean = rollouts.at(self.policy.schedule.steps)
         total, parts = self.policy.rewards(clean, rollouts.flat_prompts(), rollouts.flat_seeds())
         shape = rollouts.seeds.shape

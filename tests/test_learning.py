@@ -52,13 +52,16 @@ def test_d3po_reaches_ddpos_reward_on_as_many_images(seed: int) -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_dpo_on_labelled_pairs_beats_base(seed: int, tmp_path: Path) -> None:
-    """The hidden preference is for a style, "3d", which no prompt names: training sees labels only. A classifier of styles
-    labels the pairs and, on held-out prompts, judges: 64 pictures a side, win rate at least 65 %."""
+    """The hidden preference is for a style, "3d", which no prompt names: training sees labels only. A classifier of styles labels
+    the pairs that it tells apart by over 2 nats and, on held-out prompts, judges: 64 pictures a side, win rate at least 65 %.
+
+    Measured: 73 % and 86 %. The 32 pairs of best against worst alone are too few for some seeds: 80 % and 53 % after 100 updates.
+    """
     style = {"style": {"kind": "classifier", "model": "embedded-style", "label": "3d"}}
     changes = {"seed": seed, "rewards": style, "pairs.path": str(tmp_path / "pairs"), "optimizer.lr": 3e-3,
-               "evaluate.every": 1000, "evaluate.images": 4}  # fmt: skip
+               "train.updates": 300, "evaluate.every": 1000, "evaluate.images": 4}  # fmt: skip
     run = raydiff.override(raydiff.load(RECIPES / "emoji_dpo.toml"), changes)
-    summary = feedback.from_rewards(run, tmp_path / "pairs", feedback.Labelling("best_worst"), n=8, seed=100 * seed)
+    summary = feedback.from_rewards(run, tmp_path / "pairs", feedback.Labelling("all", min_margin=2.0), n=8, seed=100 * seed)
     for _ in raydiff.fit(run, folder=tmp_path / "adapter"):
         pass
     report = evaluate(run, Adapter(str(tmp_path / "adapter")))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from itertools import chain
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +247,40 @@ def from_rewards(
     }
     ranges = pieces.split(0, len(prompts), prompts_per_file)
     return pieces.write(to, preferences.schema(), made_from, ranges, artist.parts, max_bad_rows)
+
+
+def to_label(run: Run, to: str | Path, *, device: torch.device | str = "cpu") -> Summary:
+    """Draw the pictures of the run's first update, each two of a prompt as a pair whose label is null, for people to fill in.
+
+    They are the run's own samples, by its seeds. Raises ValueError for a method that takes no labels, else as `pieces.write`.
+    """
+    from PIL import Image
+
+    from raydiff.session import Session
+
+    if not run.method.judged:
+        raise ValueError('method.source is not "labels": nothing would read them; D3PO takes it')
+    session = Session(run, device)
+    micro, attempts, steps = run.batch.micro, run.method.attempts, session.policy.schedule.steps
+
+    @torch.no_grad()
+    def make(start: int, stop: int) -> Iterator[Part]:
+        drawn = session.sample(0, start // micro)
+        pixels = (session.model.decode(drawn.at(steps)) * 255).round().byte().cpu().permute(0, 2, 3, 1).numpy()
+        files, seeds = [_png(Image.fromarray(p)) for p in pixels], drawn.flat_seeds()
+        firsts = range(0, len(files), attempts)
+        rows = [(b + i, b + j) for b in firsts for i, j in combinations(range(attempts), 2)]
+        model = getattr(run.model, "path", run.model.kind)
+        columns: dict[str, list[Any]] = {"prompt": [drawn.flat_prompts()[i] for i, _ in rows], "source": [run.name] * len(rows)}
+        for side in (0, 1):
+            columns[f"image_{side}"] = [files[row[side]] for row in rows]
+            columns[f"seed_{side}"] = [seeds[row[side]] for row in rows]
+            columns[f"model_{side}"] = [model] * len(rows)
+        yield Part(preferences.table(columns, len(rows)))
+
+    fields = ("model", "method", "prompts", "sampler", "batch", "seed")
+    made_from = run.model_dump(mode="json", include=set(fields))
+    return pieces.write(to, preferences.schema(), made_from, pieces.split(0, run.batch.size, micro), make, 0)
 
 
 @dataclass

@@ -59,6 +59,11 @@ class Method(PluginConfig):
         return False
 
     @property
+    def judged(self) -> bool:
+        """Whether labels of `[pairs]`, in place of rewards, compare the samples of the only update."""
+        return False
+
+    @property
     def needs_log_probs(self) -> bool:
         """Whether rollouts carry the log-probability of each step under the weights that sampled it."""
         return False

@@ -34,6 +34,10 @@ class Plugin(TrajectoryMethod):
     """One pair a prompt, its best against its worst, or each two attempts."""
     preference: Rule = "total"
     """The larger total wins, or Pareto dominance: no reward smaller and one larger, else a tie."""
+    source: Literal["rewards", "labels"] = "rewards"
+    """What compares the samples: rewards, or people, whose labels of the pictures that `raydiff pairs to-label` drew are in
+    `pairs.path`. They have seen those of the first update, so there is one, of as many optimiser steps as `minibatches` and
+    `inner_epochs` make."""
     ties: Literal["drop", "keep"] = "drop"
     """Leave ties out of the mean, or count each as log 2 without a gradient, as the official code does."""
 
@@ -48,11 +52,30 @@ class Plugin(TrajectoryMethod):
         return True
 
     @property
+    def judged(self) -> bool:
+        return self.source == "labels"
+
+    @property
     def shared_start(self) -> bool:
         return True
 
     def check(self, run: Run) -> None:
         super().check(run)
+        if self.judged and run.pairs.path is None:
+            raise ValueError(
+                'pairs.path is not set, and method.source = "labels" compares by it; `raydiff pairs to-label` begins it'
+            )
+        if self.judged and run.train.updates > 1:
+            raise ValueError(
+                f'train.updates = {run.train.updates}: method.source = "labels" has one, as people saw its pictures alone;'
+                " set it to 1, and method.minibatches to the optimiser steps that it takes"
+            )
+        if self.judged and self.preference != "total":
+            raise ValueError('method.preference = "pareto" compares several rewards, and labels are one: set it to "total"')
+        if not self.judged and run.pairs.path is not None:
+            raise ValueError(
+                f'pairs.path = {run.pairs.path!r} is used by nothing: set method.source to "labels", or leave it out'
+            )
         for name, reward in run.rewards.named.items():
             if self.preference == "pareto" and reward.weight <= 0:
                 raise ValueError(
