@@ -82,6 +82,9 @@ def client(address: str | None) -> JobSubmissionClient:
 
     try:
         server = JobSubmissionClient(address)
+    except ConnectionError:
+        where = address or "RAY_API_SERVER_ADDRESS"
+        raise ConnectionError(f"no job server answers at {where}: give --address http://HEAD:8265") from None
     except AuthenticationError as error:
         raise ConfigError(f"the job server refuses this token: {error}") from None
     there = server._do_request("GET", "/api/version").json()["ray_version"]
