@@ -70,6 +70,18 @@ def save(denoiser: Any, folder: Path, state: Mapping[str, Tensor], pipeline: Any
     pipeline.save_lora_weights(
         folder, unet_lora_layers=layers, unet_lora_adapter_metadata={k: v for k, v in config.items() if _plain(v)}
     )
+    _in_order(folder / WEIGHTS)
+
+
+def _in_order(file: Path) -> None:
+    """Sort the metadata of a safetensors file, which its writer leaves in any order: 8 bytes of length, JSON, tensors."""
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
 
 
 def attach(pipe: Any, denoiser: nn.Module, adapters: Sequence[tuple[str | Path, float]]) -> None:

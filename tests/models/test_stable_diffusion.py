@@ -174,6 +174,14 @@ def test_a_missing_model_and_pickled_weights_are_refused(tiny_pipeline: Path, tm
         Plugin(path=str(folder)).build()
 
 
+def test_exports_of_equal_weights_are_equal_files(tiny_pipeline: Path, tmp_path: Path) -> None:
+    """Adapters are told by their files' digests."""
+    model = build(tiny_pipeline, lora={"rank": 2})
+    for n in range(8):
+        model.export(tmp_path / str(n), model.trained())
+    assert len({file.read_bytes() for file in tmp_path.rglob("*.safetensors")}) == 1
+
+
 def test_a_wrong_lora_target_is_named(tiny_pipeline: Path) -> None:
     with pytest.raises(ValueError, match="no module named 'to_qq'"):
         build(tiny_pipeline, lora={"targets": ["to_qq"]})
