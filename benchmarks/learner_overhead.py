@@ -117,7 +117,7 @@ def ray_worker(config: dict[str, int]) -> dict[str, float]:
     from raydiff.distributed.ranks import AgreedLoss, Ranks
 
     torch.set_num_threads(1)
-    ranks, session = Ranks(), Session(RUN)
+    ranks, session = Ranks(timeout=120), Session(RUN)
     session.method = AgreedLoss(RUN.method, ranks)  # type: ignore[assignment]
     engine = ZeroEngine(session)
 

@@ -97,7 +97,7 @@ def main(rank: int, world: int, jobs: Path, folder: Path) -> None:
     for name, job in json.loads(jobs.read_text()).items():
         start = time.perf_counter()
         run = Run.model_validate(job["run"])
-        session = Session(run, "cpu", rank, world, gather=Ranks().gather)
+        session = Session(run, "cpu", rank, world, gather=Ranks(timeout=120).gather)
         session.prepare()
         engine = ZeroEngine(session, weights=start_weights(session), persistence_threshold=0)
         found = gradients(session, engine)
