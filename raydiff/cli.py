@@ -464,7 +464,7 @@ def _draw(
     drawing.check(adapters, sampler)
     pipe = drawing.pipeline(model, adapters, _device(device))
     drawn = drawing.samples(pipe, prompts, seeds, sampler, batch)
-    pictures, name = len(prompts) * len(seeds), getattr(model, "path", model.kind)
+    pictures, name = len(prompts) * len(seeds), model.name
     grid = drawing.write(_progress(drawn, pictures, "pictures"), to, model=name, sampler=sampler, adapters=adapters)
     typer.echo(f"{pictures} pictures, images.json and {grid}")
 

@@ -161,7 +161,7 @@ def evaluate(
         "bootstrap": asdict(bootstrap),
         "clip": run.evaluate.clip,
         "made_from": {
-            name: generate.origin(getattr(run.model, "path", run.model.kind), run.sampler, side)
+            name: generate.origin(run.model.name, run.sampler, side)
             for side, name in zip(sides, ("adapter", "against"), strict=True)
         },
     }

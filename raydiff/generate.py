@@ -88,7 +88,7 @@ def pipeline(model: ModelConfig, adapters: Sequence[Adapter] = (), device: torch
         tuned = type(pipe.unet).from_pretrained(adapter.folder, subfolder="unet", use_safetensors=True, dtype=pipe.unet.dtype)
         pipe.register_modules(unet=tuned.requires_grad_(False).eval().to(device))
     else:
-        lora.attach(pipe, pipe.unet, [(adapter.folder, adapter.weight) for adapter in adapters])
+        lora.attach(pipe.unet, [(adapter.folder, adapter.weight) for adapter in adapters])
     return pipe
 
 
@@ -174,7 +174,10 @@ def png(sample: Sample, made_from: Mapping[str, Any] | None = None) -> bytes:
 
 
 def model_digest(model: ModelConfig) -> str | None:
-    """SHA-256 over the files of a model that lies in a folder; None for a hub id, which its revision tells."""
+    """SHA-256 over the files of a model that lies in a folder; None for a hub id, which its revision tells.
+
+    Adapters that are merged into it are in its name.
+    """
     folder = Path(getattr(model, "folder", str)())
     return _digest(folder) if (folder / "model_index.json").is_file() else None
 

@@ -270,7 +270,7 @@ def to_label(run: Run, to: str | Path, *, device: torch.device | str = "cpu") ->
         files, seeds = [_png(Image.fromarray(p)) for p in pixels], drawn.flat_seeds()
         firsts = range(0, len(files), attempts)
         rows = [(b + i, b + j) for b in firsts for i, j in combinations(range(attempts), 2)]
-        model = getattr(run.model, "path", run.model.kind)
+        model = run.model.name
         columns: dict[str, list[Any]] = {"prompt": [drawn.flat_prompts()[i] for i, _ in rows], "source": [run.name] * len(rows)}
         for side in (0, 1):
             columns[f"image_{side}"] = [files[row[side]] for row in rows]
@@ -345,7 +345,7 @@ class _Artist:
                 columns[f"score_{side}"].append(scores[row])
         count = len(columns["label"])
         named = ["total"] if self.labelling.rule == "total" else list(parts)
-        model = getattr(self.run.model, "path", self.run.model.kind)
+        model = self.run.model.name
         same = {f"model_{side}": model for side in (0, 1)} | {f"adapters_{side}": self.origin for side in (0, 1)}
         same |= {"annotator": self.labelling.annotator(named), "source": self.run.name, "created": datetime.now(UTC)}
         table = preferences.table(columns | {name: [value] * count for name, value in same.items()}, count)

@@ -27,6 +27,15 @@ class ModelConfig(PluginConfig):
     lora: Lora = Lora()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the frozen weights; an adapter is always fp32."""
+    adapters: tuple[str, ...] = ()
+    """Folders of exported adapters that are merged into the base: what is trained, and its reference, starts from there. A new
+    round on a run's result names its adapter here. The weights in between are rounded to `dtype`. The new adapter is for that
+    sum: where it is used, all of them are."""
+
+    @property
+    def name(self) -> str:
+        """What pictures of it say that they were made with."""
+        return self.kind
 
     def build(
         self, device: torch.device | str = "cpu", *, seed: int = 0, reference: bool = False, checkpointing: bool = True

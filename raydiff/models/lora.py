@@ -84,8 +84,8 @@ def _in_order(file: Path) -> None:
     file.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
 
 
-def attach(pipe: Any, denoiser: nn.Module, adapters: Sequence[tuple[str | Path, float]]) -> None:
-    """Let `denoiser`, the pipeline's, run as W0 + Σ_j λ_j·ΔW_j of adapters [(folder, λ), ...] (arXiv 2309.17400, §5.3).
+def attach(denoiser: Any, adapters: Sequence[tuple[str | Path, float]]) -> None:
+    """Let `denoiser`, a pipeline's UNet, run as W0 + Σ_j λ_j·ΔW_j of adapters [(folder, λ), ...] (arXiv 2309.17400, §5.3).
 
     The deltas are summed, never A and B apart. They are added up in the order of the files' digests, so the order given changes
     no bit; at λ = 0 an adapter is left out. Raises what `check_fits` raises.
@@ -98,9 +98,17 @@ def attach(pipe: Any, denoiser: nn.Module, adapters: Sequence[tuple[str | Path, 
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
         for name, (_, _, folder) in zip(names, used, strict=True):
             file = weights_file(folder)
-            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+            denoiser.load_lora_adapter(str(file.parent), weight_name=file.name, adapter_name=name, prefix="unet")
     if used:
-        pipe.set_adapters(names, [weight for _, weight, _ in used])
+        denoiser.set_adapters(names, [weight for _, weight, _ in used])
+
+
+def merge(denoiser: Any, adapters: Sequence[str | Path]) -> None:
+    """Add adapters to the weights of `denoiser` for good, as `attach` sums them. Raises what `attach` raises."""
+    if adapters:
+        attach(denoiser, [(folder, 1.0) for folder in adapters])
+        denoiser.fuse_lora()
+        denoiser.unload_lora()
 
 
 def load(denoiser: Any, adapter: str | Path) -> None:

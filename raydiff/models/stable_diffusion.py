@@ -45,6 +45,11 @@ class Plugin(ModelConfig):
                 f"model.dtype = {self.dtype!r} with model.train = 'full': train every weight in float32, or a LoRA"
             )
 
+    @property
+    def name(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return " + ".join([f"{self.path}{revision}", *(f"{a} ({lora.digest(a)[:12]})" for a in self.adapters)])
+
     def folder(self) -> str:
         return str(assets.path("pipeline")) if self.path == "embedded" else self.path
 
@@ -53,13 +58,23 @@ class Plugin(ModelConfig):
             raise FileNotFoundError(f"model.path = {self.path!r} is neither a folder here nor a hub id like 'owner/name'")
         folder = Path(self.folder())
         if not folder.is_dir():
-            return  # a hub id: from_pretrained names what is missing there
+            return self._check_adapters(None)  # a hub id: from_pretrained names what is missing there
         needed = ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"]
         for missing in [f for f in [*needed, *(f"{part}/config.json" for part in _FOLDERS)] if not (folder / f).is_file()]:
             raise FileNotFoundError(f"model.path = {self.path!r}: {missing} is missing; it must be a diffusers pipeline folder")
         for part, pattern in _FOLDERS.items():
             if not any((folder / part).glob(pattern)):
                 raise FileNotFoundError(f"model.path = {self.path!r}: {part} has no {pattern}; only safetensors are loaded")
+        self._check_adapters(folder)
+
+    def _check_adapters(self, folder: Path | None) -> None:
+        """Raise FileNotFoundError for one that is missing, ValueError where the base in `folder` shows that it does not fit."""
+        unet = self.skeleton(folder).denoiser if self.adapters and folder else None
+        for adapter in self.adapters:
+            try:
+                lora.weights_file(adapter) if unet is None else lora.check_fits(unet, adapter)
+            except (FileNotFoundError, ValueError) as error:
+                raise type(error)(f"model.adapters: {error}") from None
 
     def build(
         self, device: torch.device | str = "cpu", *, seed: int = 0, reference: bool = False, checkpointing: bool = True
@@ -113,6 +128,7 @@ def load_pipeline(config: Plugin, device: torch.device | str = "cpu") -> Any:
         feature_extractor=None, requires_safety_checker=False, revision=config.revision, variant=config.variant,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
+    lora.merge(pipe.unet, config.adapters)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).eval()
     return pipe.to(device)

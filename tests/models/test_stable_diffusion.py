@@ -9,8 +9,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+from raydiff import generate as drawing
 from raydiff.core.denoise import denoise, seeded_noise
 from raydiff.models.stable_diffusion import Plugin, StableDiffusion, _UnitClamp
+from tests.tiny import make_adapter, make_pipeline
 
 PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]
 
@@ -124,6 +126,34 @@ torch.save(images, {str(tmp_path / "images.pt")!r})
     ours = pipe(PROMPTS, num_inference_steps=5, guidance_scale=3.0, generator=generators, output_type="pt").images
     assert torch.equal(ours, theirs)  # bit for bit: the same weights and the same alpha arrived
     assert torch.allclose(pictures(model), theirs, atol=2e-5)
+
+
+def test_a_round_starts_from_the_merged_adapters_of_earlier_ones(tiny_pipeline: Path, tmp_path: Path) -> None:
+    first, second = (str(make_adapter(tiny_pipeline, tmp_path / str(i), seed=i, rank=2 + i)) for i in range(2))
+    make_adapter(tiny_pipeline, tmp_path / "own", rank=8)
+    merged = build(tiny_pipeline, adapters=[first, second])
+    summed = drawing.pipeline(Plugin(path=str(tiny_pipeline)), [drawing.Adapter(first), drawing.Adapter(second)])
+    x, time = torch.randn(2, *merged.latent_shape), torch.tensor([500.0, 100.0])
+    states = merged.embed(PROMPTS, 1.0)
+    expected = summed.unet(x, time, encoder_hidden_states=states).sample.detach()
+    base = build(tiny_pipeline).denoiser(x, time, encoder_hidden_states=states).sample.detach()
+    assert (expected - base).abs().max() > 0.1
+    assert torch.allclose(merged.predict(merged.denoiser, PROMPTS, 1.0)(x, time), expected, atol=1e-5)
+    merged.load(tmp_path / "own")
+    with merged.reference():
+        assert torch.allclose(merged.predict(merged.denoiser, PROMPTS, 1.0)(x, time), expected, atol=1e-5)
+    all_three = [drawing.Adapter(str(folder)) for folder in (first, second, tmp_path / "own")]
+    summed = drawing.pipeline(Plugin(path=str(tiny_pipeline)), all_three)
+    expected = summed.unet(x, time, encoder_hidden_states=states).sample.detach()
+    assert torch.allclose(merged.predict(merged.denoiser, PROMPTS, 1.0)(x, time), expected, atol=1e-5)
+
+
+def test_a_previous_round_of_another_base_is_refused_by_its_field(tiny_pipeline: Path, tmp_path: Path) -> None:
+    other = make_adapter(make_pipeline(tmp_path / "wide", width=24), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"model\.adapters: adapter .* is for another base model: .* is \(.*\) here"):
+        Plugin(path=str(tiny_pipeline), adapters=(str(other),)).preflight()
+    with pytest.raises(FileNotFoundError, match=r"model\.adapters: adapter 'nowhere': there is no .*safetensors"):
+        Plugin(path=str(tiny_pipeline), adapters=("nowhere",)).preflight()
 
 
 def test_half_precision_base_with_fp32_adapter_stays_close(tiny_pipeline: Path) -> None:
