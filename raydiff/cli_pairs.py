@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from raydiff.config import Run
+    from raydiff.data.latents import Latents
 
 app = typer.Typer(help="Make datasets of labelled pairs, and encode them before training.", no_args_is_help=True)
 
@@ -111,7 +115,12 @@ def to_label(recipe: RecipeFile, overrides: Overrides = None, to: To = Path("to_
 
 
 @app.command()
-def encode(recipe: RecipeFile, overrides: Overrides = None, device: Device = None) -> None:
+def encode(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    device: Device = None,
+    ray: Annotated[bool, typer.Option("--ray", help="On a Ray cluster, by the recipe's [pools.generate].")] = False,
+) -> None:
     """Encode a recipe's pairs into latents ahead of training, which otherwise does so when it starts."""
     from raydiff.config import load
     from raydiff.preflight import faults
@@ -121,19 +130,29 @@ def encode(recipe: RecipeFile, overrides: Overrides = None, device: Device = Non
         raise ValueError('method.source is not "dataset": this run trains on no pairs')
     if found := faults(run):
         raise ValueError("\n".join(found))
+    if ray and device is not None:
+        raise ValueError(f"--device {device}: on Ray, pools.generate.num_gpus says it; leave --device or --ray out")
+    if ray:
+        from raydiff.distributed.encode_batch import encode as on_pool
 
+        latents = on_pool(run)
+    else:
+        latents = _encoded_here(run, device or _device())
+    typer.echo(f"{latents.folder}: {len(latents)} pairs")
+
+
+def _encoded_here(run: Run, device: str) -> Latents:
     from rich.console import Console
     from rich.progress import Progress
 
     from raydiff.data.latents import prepare
 
-    model = run.model.build(device or _device())
+    model = run.model.build(device)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("encoding", total=None)
-        latents = prepare(
+        return prepare(
             run.pairs, model, run.evaluate.batch, told=lambda done, pieces: progress.update(bar, completed=done, total=pieces)
         )
-    typer.echo(f"{latents.folder}: {len(latents)} pairs")
 
 
 def _device() -> str:

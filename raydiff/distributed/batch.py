@@ -250,6 +250,16 @@ def run(job: Job) -> Summary:
     return summary
 
 
+def work(job: Job, tickets: list[dict[str, Any]], bad: int) -> None:
+    """Send tickets through the pool, where the job's own worker knows where its results go. `bad` rows are known before.
+
+    Raises as `run` does.
+    """
+    with Progress(0) as progress:
+        progress.waiting("starting Ray")
+        _follow(job, _room(job, len(tickets)), tickets, bad, progress)
+
+
 def _room(job: Job, tickets: int) -> placement.Claim:
     """Connect to the cluster. Returns what the pool claims there; more actors than tickets would find no work."""
     cluster.start()

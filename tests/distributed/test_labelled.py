@@ -8,6 +8,7 @@ import safetensors.torch
 
 from raydiff.config import ConfigError, Run, override
 from raydiff.data import latents
+from raydiff.data.pieces import PairsError
 from raydiff.distributed import checkpoint
 from raydiff.distributed.launch import train
 from raydiff.distributed.storage import Folder
@@ -44,6 +45,34 @@ def test_a_killed_run_on_pairs_is_fit(cluster: str, ray_run: Callable[..., Run],
     error = max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
     print(f"pairs on two workers and fit: adapter {error:.1e} absolute")
     assert error < 1e-5
+
+
+def test_a_pool_encodes_what_one_process_does(cluster: str, ray_run: Callable[..., Run], tmp_path: Path) -> None:
+    """Two actors, one row without a prompt; the second call finds nothing missing."""
+    from raydiff.distributed.encode_batch import encode
+
+    file = shards.pairs(tmp_path / "p.parquet", 4 * latents._ROWS, prompt=[" ", *["a cat"] * (4 * latents._ROWS - 1)])
+    method = {"kind": "sft", "source": "dataset"}
+    run = ray_run({"method": method, "pairs.path": str(file), "pools.generate.replicas": 2})
+    alone = override(run, {"pairs.cache": str(tmp_path / "alone")})
+    expected = latents.prepare(alone.pairs, alone.model.build(), alone.evaluate.batch)
+    made = encode(run)
+    assert len(made) == len(expected) == 4 * latents._ROWS - 1
+    names = sorted(path.name for path in expected.folder.iterdir())
+    assert sorted(path.name for path in made.folder.iterdir()) == names
+    assert all((made.folder / name).read_bytes() == (expected.folder / name).read_bytes() for name in names)
+    times = {path: path.stat().st_mtime_ns for path in made.folder.iterdir()}
+    assert len(encode(run)) == len(made)
+    assert {path: path.stat().st_mtime_ns for path in made.folder.iterdir()} == times
+
+
+def test_a_pool_ends_at_too_many_bad_pairs_and_names_one(cluster: str, ray_run: Callable[..., Run], tmp_path: Path) -> None:
+    from raydiff.distributed.encode_batch import encode
+
+    file = shards.pairs(tmp_path / "p.parquet", 40, prompt=[*["a cat"] * 3, " ", *["a dog"] * 35, " "])
+    pairs = {"pairs.path": str(file), "pairs.max_bad_rows": 1}
+    with pytest.raises(PairsError, match=r"pairs\.max_bad_rows = 1: already 2 rows cannot be used, the first: .*row 3"):
+        encode(ray_run({"method": {"kind": "sft", "source": "dataset"}, **pairs}))
 
 
 def test_pairs_that_cannot_be_encoded_end_the_run(cluster: str, ray_run: Callable[..., Run], tmp_path: Path) -> None:
