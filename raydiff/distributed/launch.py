@@ -112,6 +112,7 @@ def _carried_out(run: Run, folder: Folder, tracker: Tracker, use_gpu: bool, prog
     if short := _not_free(run):
         progress.say(f"waiting for {short}: other work holds them")
     board = _board(tracker, folder)
+    progress.attach(board)
     store = _store(run, folder) if "pool" in (run.generation.where, run.rewards.where) else None
     status, said = "FAILED", dict[str, str]()
     try:

@@ -38,6 +38,9 @@ class Progress:
         if self.live:
             self.live.stop()
 
+    def attach(self, board: Any) -> None:
+        """The board that the rows come from, before the first of them."""
+
     def say(self, text: str) -> None:
         self.console.print(Text(text))
 

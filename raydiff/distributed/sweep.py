@@ -29,6 +29,7 @@ from raydiff.search import Sweep
 
 SWEEP, TUNE = "sweep.json", "tune"
 _OBJECTIVE, _QUERIES = "objective", "reward_queries"
+_SETTLE = 5.0  # seconds that an evaluation waits for MLflow at most
 _DRIVER = 0.001  # of the node's own resource: pins the driver, where a SQLite tracking file is
 
 
@@ -141,8 +142,7 @@ def _tuner(config: Sweep, examples: Sequence[Run], folder: Folder, job: dict[str
             metric=_OBJECTIVE,
             mode="max",
             num_samples=config.trials or 1,
-            max_concurrent_trials=most,
-            search_alg=_search(config, space),
+            search_alg=_search(config, space, most),
             scheduler=_scheduler(config, examples),
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
@@ -160,14 +160,16 @@ def _domain(axis: Any, search: str) -> Any:
     return getattr(tune, axis.kind)(*axis.ends)
 
 
-def _search(config: Sweep, space: Mapping[str, Any]) -> Any:
+def _search(config: Sweep, space: Mapping[str, Any], most: int) -> Any:
+    """`most` trials at once is the search's to keep: TuneConfig's own limit is ignored where the search is given."""
     if config.search != "optuna":
         from ray.tune.search.basic_variant import BasicVariantGenerator
 
-        return BasicVariantGenerator(random_state=config.seed)
+        return BasicVariantGenerator(max_concurrent=most, random_state=config.seed)
+    from ray.tune.search import ConcurrencyLimiter
     from ray.tune.search.optuna import OptunaSearch
 
-    return OptunaSearch(seed=config.seed, metric=_OBJECTIVE, mode="max")
+    return ConcurrencyLimiter(OptunaSearch(seed=config.seed, metric=_OBJECTIVE, mode="max"), max_concurrent=most)
 
 
 def _scheduler(config: Sweep, examples: Sequence[Run]) -> Any:
@@ -211,10 +213,15 @@ class _Reporting(Progress):
         super().__init__(updates)
         self.sweep = sweep
 
+    def attach(self, board: Any) -> None:
+        self.board = board
+
     def row(self, row: dict[str, float]) -> None:
+        import ray
         from ray import tune
 
         if "held_out/total" in row:
+            ray.get(self.board.settle.remote(_SETTLE))  # a trial that is ended there logs nothing more
             shown = {name: value for name, value in row.items() if name != "step"}
             tune.report({**shown, "update": row["step"], _OBJECTIVE: self.sweep.objective(row)})
 

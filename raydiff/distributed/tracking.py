@@ -63,6 +63,13 @@ class Tracker:
             client.set_tag(self.run_id, name, value)
         client.set_terminated(self.run_id, status)
 
+    def sum_up(self, metrics: Mapping[str, float], files: Sequence[Path]) -> None:
+        """Log numbers that have no step, and local files as artifacts; the run is finished."""
+        self.log({"step": 0, **metrics})
+        for file in files:
+            self.client().log_artifact(self.run_id, str(file))
+        self.finish("FINISHED", {})
+
 
 def uri(run: Run) -> str:
     """The tracking server, or a SQLite file in the storage folder. Raises ConfigError when that is not on a disk."""
@@ -90,43 +97,28 @@ def experiment(uri: str, name: str, folder: Folder) -> str:
     return str(client.create_experiment(name, artifact_location=None if server else (folder / "mlartifacts" / name).uri))
 
 
-def start(run: Run, experiment_id: str, name: str, folder: Folder, tags: Mapping[str, str] | None = None) -> Tracker:
-    """The MLflow run of a started run: found by its name's tag, or made with the run's fields as parameters."""
+def open_run(
+    uri: str, experiment_id: str, name: str, fields: Mapping[str, Any], tags: Mapping[str, str] | None = None
+) -> Tracker:
+    """A running MLflow run: found by its name's tag, or made with `fields` as parameters."""
     from mlflow.entities import Param
 
-    client = _client(uri(run))
-    found = client.search_runs([experiment_id], f"tags.`{NAME_TAG}` = '{name}'", max_results=1)
-    if found:
-        run_id = found[0].info.run_id
-        client.update_run(run_id, status="RUNNING")
-    else:
-        run_id = client.create_run(experiment_id, tags={NAME_TAG: name, **(tags or {})}, run_name=name).info.run_id
-        params = [Param(path, parameter(value)) for path, value in flat(run).items()]
-        for i in range(0, len(params), _AT_ONCE):
-            client.log_batch(run_id, params=params[i : i + _AT_ONCE])
-    tracker = Tracker(uri(run), run_id)
+    client = _client(uri)
+    if found := client.search_runs([experiment_id], f"tags.`{NAME_TAG}` = '{name}'", max_results=1):
+        client.update_run(found[0].info.run_id, status="RUNNING")
+        return Tracker(uri, found[0].info.run_id)
+    run_id = client.create_run(experiment_id, tags={NAME_TAG: name, **(tags or {})}, run_name=name).info.run_id
+    params = [Param(path, parameter(value)) for path, value in fields.items()]
+    for i in range(0, len(params), _AT_ONCE):
+        client.log_batch(run_id, params=params[i : i + _AT_ONCE])
+    return Tracker(uri, run_id)
+
+
+def start(run: Run, experiment_id: str, name: str, folder: Folder, tags: Mapping[str, str] | None = None) -> Tracker:
+    """The MLflow run of a started run, with the run's fields as parameters."""
+    tracker = open_run(uri(run), experiment_id, name, flat(run), tags)
     tracker.file(folder, "run.json")
     return tracker
-
-
-def summary_run(
-    uri: str, experiment_id: str, name: str, *, metrics: Mapping[str, float], files: Sequence[Path], params: Mapping[str, Any]
-) -> Tracker:
-    """The finished MLflow run of this name, made or brought up to date, with local files as artifacts."""
-    from mlflow.entities import Metric, Param
-
-    client, now = _client(uri), int(time.time() * 1000)
-    found = client.search_runs([experiment_id], f"tags.`{NAME_TAG}` = '{name}'", max_results=1)
-    run_id = (found[0] if found else client.create_run(experiment_id, tags={NAME_TAG: name}, run_name=name)).info.run_id
-    logged = [Metric(metric, value, now, 0) for metric, value in metrics.items()]
-    for i in range(0, len(logged), _AT_ONCE):
-        client.log_batch(run_id, metrics=logged[i : i + _AT_ONCE])
-    if not found:
-        client.log_batch(run_id, params=[Param(key, parameter(value)) for key, value in params.items()])
-    for file in files:
-        client.log_artifact(run_id, str(file))
-    client.set_terminated(run_id, "FINISHED")
-    return Tracker(uri, run_id)
 
 
 def of_comparison(folder: Path, files: Sequence[Path]) -> Tracker:
@@ -141,14 +133,10 @@ def of_comparison(folder: Path, files: Sequence[Path]) -> Tracker:
         for price in result["prices"]
         if price["queries"]["value"] is not None
     }
-    return summary_run(
-        place,
-        experiment(place, "raydiff-bench", Folder(folder)),
-        folder.resolve().name,
-        metrics=metrics,
-        files=[*files, *sorted((folder / "runs").glob("*.json"))],
-        params={name: found[name] for name in ("machine", "date", "seeds")},
-    )
+    fields = {name: found[name] for name in ("machine", "date", "seeds")}
+    tracker = open_run(place, experiment(place, "raydiff-bench", Folder(folder)), folder.resolve().name, fields)
+    tracker.sum_up(metrics, [*files, *sorted((folder / "runs").glob("*.json"))])
+    return tracker
 
 
 def record(run: Run, name: str, metrics: Mapping[str, float], files: Sequence[Path], of: str) -> Tracker:
@@ -156,44 +144,30 @@ def record(run: Run, name: str, metrics: Mapping[str, float], files: Sequence[Pa
 
     `of` names a started run; where its MLflow run is in this experiment, the new one stands below it.
     """
-    from mlflow.entities import Metric
     from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
     experiment_id, client = prepare(run), _client(uri(run))
     found = client.search_runs([experiment_id], f"tags.`{NAME_TAG}` = '{of}'", max_results=1)
     tags = {MLFLOW_PARENT_RUN_ID: found[0].info.run_id} if found else {}
     tracker = Tracker(uri(run), client.create_run(experiment_id, tags=tags, run_name=name).info.run_id)
-    now = int(time.time() * 1000)
-    client.log_batch(tracker.run_id, metrics=[Metric(metric, value, now, 0) for metric, value in metrics.items()])
-    for file in files:
-        client.log_artifact(tracker.run_id, str(file))
-    tracker.finish("FINISHED", {})
+    tracker.sum_up(metrics, files)
     return tracker
 
 
-def open_run(uri: str, experiment_id: str, name: str, fields: Mapping[str, Any]) -> Tracker:
-    """The running MLflow run of a sweep: found by its name's tag, or made with `fields` as parameters."""
-    from mlflow.entities import Param
-
-    client = _client(uri)
-    if found := client.search_runs([experiment_id], f"tags.`{NAME_TAG}` = '{name}'", max_results=1):
-        client.update_run(found[0].info.run_id, status="RUNNING")
-        return Tracker(uri, found[0].info.run_id)
-    run_id = client.create_run(experiment_id, tags={NAME_TAG: name}, run_name=name).info.run_id
-    client.log_batch(run_id, params=[Param(key, parameter(value)) for key, value in fields.items()])
-    return Tracker(uri, run_id)
-
-
 def close_trials(uri: str, parent: str, status: Mapping[str, str]) -> None:
-    """End the MLflow runs of trials that could not do it themselves. `status` by trial: finished, stopped early or failed."""
+    """End the MLflow runs of trials by what became of them, as one that is stopped early cannot, or takes it for a failure.
+
+    `status` by trial: finished, stopped early or failed.
+    """
     client = _client(uri)
     experiment_id = client.get_run(parent).info.experiment_id
     for run in client.search_runs([experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'", max_results=5000):
         became = status.get(run.data.tags["ray.trial_id"])
         if became == "stopped early":
             client.set_tag(run.info.run_id, STOPPED_TAG, "the sweep's scheduler")
-        if run.info.status == "RUNNING" and became:
-            client.set_terminated(run.info.run_id, "FAILED" if became == "failed" else "FINISHED")
+        ended = "FAILED" if became == "failed" else "FINISHED"
+        if became and run.info.status != ended:
+            client.set_terminated(run.info.run_id, ended)
 
 
 def parameter(value: Any) -> str:
@@ -205,7 +179,7 @@ def parameter(value: Any) -> str:
 class Board:
     """The actor: takes rows and files from rank 0, hands rows to the driver's progress line and a stop to the workers.
 
-    Its methods return at once; MLflow is a thread's business.
+    Its methods return at once, but those that wait for MLflow, which is a thread's business.
     """
 
     def __init__(self, tracker: Tracker, folder: str) -> None:
@@ -237,6 +211,12 @@ class Board:
     def must_stop(self) -> bool:
         return self.stopping
 
+    def settle(self, seconds: float) -> None:
+        """Wait, so long at most, until all that came has been logged, or MLflow has failed."""
+        settled = threading.Event()
+        self.log.queue.put(settled)
+        settled.wait(seconds)
+
     def flush(self) -> str | None:
         """Log the rest and end. Returns what could not be logged and why, None when all was."""
         self.log.queue.put(None)
@@ -249,7 +229,7 @@ class _Log:
 
     def __init__(self, tracker: Tracker, folder: Folder) -> None:
         self.tracker, self.folder = tracker, folder
-        self.queue: queue.SimpleQueue[Row | str | None] = queue.SimpleQueue()
+        self.queue: queue.SimpleQueue[Row | str | threading.Event | None] = queue.SimpleQueue()
         self.pending: list[Row | str] = []
         self.logged: set[int] | None = None  # steps; unknown until MLflow has answered
         self.fault: str | None = None
@@ -258,8 +238,11 @@ class _Log:
 
     def run(self) -> None:
         while (item := self.queue.get()) is not None:
-            self.pending.append(item)
-            self.attempt()
+            if isinstance(item, threading.Event):
+                item.set()
+            else:
+                self.pending.append(item)
+                self.attempt()
         self.attempt()
 
     def attempt(self) -> None:

@@ -64,6 +64,8 @@ def test_board_logs_each_step_once_and_catches_up(tiny_run: MakeRun, tmp_path: P
     first.add([{"step": 1, "seconds": 1.0, "loss": 0.5}], [])
     first.add([{"step": 1, "seconds": 1.0, "loss": 0.5}, {"step": 2, "seconds": 2.0, "loss": 0.25}], [])
     assert [row["step"] for row in first.since(0)] == [1, 2]
+    first.settle(60)
+    assert [m.value for m in tracker.client().get_metric_history(tracker.run_id, "loss")] == [0.5, 0.25]
     assert first.flush() is None
 
     # After a crash: the same MLflow run by its name, and only what is missing.
@@ -83,6 +85,7 @@ def test_board_survives_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     board = Board(Tracker("http://127.0.0.1:9", "0"), str(tmp_path))  # nobody listens there
     board.add([{"step": 1, "seconds": 1.0}], ["missing.png"])
     assert board.since(0) == [{"step": 1, "seconds": 1.0}]
+    board.settle(60)  # does not wait for what failed
     said = board.flush()
     assert said is not None
     assert said.startswith("2 entries could not be logged to MLflow")

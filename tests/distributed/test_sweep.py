@@ -105,16 +105,19 @@ def test_early_stopped_trials_make_room_for_others(cluster: None, make_sweep: Ma
     import ray
 
     space = {"optimizer.lr": {"choice": [0.03, 0.01, 1e-6, 1e-7]}}
-    changes = {"rewards.blue.pause": 0.2, "train.updates": 8}
+    changes = {"rewards.blue.pause": 0.2, "train.updates": 5}
     scheduler = {"kind": "asha", "grace": 24, "reduction": 2}  # two updates of 4 prompts and 3 rewards each
     result = sweep(make_sweep(space, changes, search="grid", scheduler=scheduler))
     status = {o.values["optimizer.lr"]: o.status for o in result.outcomes}
     assert status[0.03] == "finished" or status[0.01] == "finished"
-    assert status[1e-7] == "stopped early"
+    assert status[1e-6] == status[1e-7] == "stopped early"
     assert not result.failed
     stopped = next(o for o in result.outcomes if o.status == "stopped early")
-    assert 24 <= stopped.points[-1].reward_queries < 8 * 12
+    assert 24 <= stopped.points[-1].reward_queries < 5 * 12
     _, children = logged(result)
+    client, starts = tracking.Tracker(result.mlflow_uri, "").client(), sorted(c.info.start_time for c in children)
+    ends = sorted(client.get_metric_history(c.info.run_id, "held_out/total")[-1].timestamp for c in children)
+    assert all(start > end for start, end in zip(starts[2:], ends, strict=False)), "more than two at a time"
     assert {c.info.status for c in children} == {"FINISHED"}
     assert sum("raydiff.stopped_by" in c.data.tags for c in children) == sum(s == "stopped early" for s in status.values())
     free = ray.available_resources()
@@ -127,3 +130,14 @@ def test_what_does_not_fit_is_refused_with_the_sum(cluster: None, make_sweep: Ma
         sweep(make_sweep(space, {"pools.train.replicas": 4, "batch.size": 8}, search="grid"))
     with pytest.raises(ConfigError, match=r"max_concurrent = 2: a trial claims train 2 × \(1 CPUs\).*has 2 CPUs.*room for 1"):
         sweep(make_sweep(space, {"pools.train.replicas": 2}, search="grid", max_concurrent=2))
+
+
+def test_optuna_draws_the_next_trials_from_the_first(cluster: None, make_sweep: MakeSweep) -> None:
+    pytest.importorskip("optuna")
+    space = {"optimizer.lr": {"loguniform": [1e-3, 1e-1]}, "method.n": {"choice": [1, 2]}}
+    result = sweep(make_sweep(space, {"train.updates": 1}, search="optuna", trials=3, max_concurrent=1))
+    assert [o.status for o in result.outcomes] == ["finished"] * 3
+    assert len({o.values["optimizer.lr"] for o in result.outcomes}) == 3
+    assert all(1e-3 <= o.values["optimizer.lr"] <= 1e-1 and o.values["method.n"] in (1, 2) for o in result.outcomes)
+    parent, children = logged(result)
+    assert (parent.info.status, len(children)) == ("FINISHED", 3)
