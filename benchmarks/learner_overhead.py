@@ -35,7 +35,7 @@ RUN = Run.model_validate(
 def bare_step(run: Run) -> Callable[[int], float]:
     """DRaFT-K as one would write it by hand around diffusers modules, with no abstraction: returns step(i) -> seconds."""
     session = Session(run)  # for the same initial weights; only its diffusers modules are used below
-    pipe, k, accumulation = session.model.pipe, run.method.k, session.geometry.accumulation  # type: ignore[attr-defined]
+    pipe, k, accumulation = session.model.pipe, run.method.k, session.geometry.accumulation
     unet, vae, tokenizer, text_encoder = pipe.unet, pipe.vae, pipe.tokenizer, pipe.text_encoder
     parameters = [p for p in unet.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(parameters, lr=run.optimizer.lr, weight_decay=0.0, foreach=False)
@@ -118,7 +118,7 @@ def ray_worker(config: dict[str, int]) -> dict[str, float]:
 
     torch.set_num_threads(1)
     ranks, session = Ranks(timeout=120), Session(RUN)
-    session.method = AgreedLoss(RUN.method, ranks)  # type: ignore[assignment]
+    session.method = AgreedLoss(RUN.method, ranks)
     engine = ZeroEngine(session)
 
     def step(index: int) -> None:

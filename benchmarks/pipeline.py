@@ -238,4 +238,4 @@ if __name__ == "__main__":
     elif arguments.embedded:
         print(json.dumps(embedded(arguments.updates), indent=1))
     else:
-        table(1.2, 0.3, [tuple(map(int, case.split(","))) for case in arguments.cases])
+        table(1.2, 0.3, [(int(a), int(b)) for a, b in (case.split(",") for case in arguments.cases)])

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raydiff.config import Run
-from raydiff.distributed.engine import ZeroEngine
+from raydiff.distributed.engine import Kind, ZeroEngine
 from raydiff.distributed.ranks import Ranks
 from raydiff.session import Session
 
@@ -70,7 +70,7 @@ def round_trip(session: Session, engine: ZeroEngine) -> dict[str, Tensor]:
     session.update(engine, 1)
     again.update(restored, 1)
     assert restored.grad_norm == engine.grad_norm, (restored.grad_norm, engine.grad_norm)
-    kinds = ("parameters", "exp_avg", "exp_avg_sq")
+    kinds: tuple[Kind, ...] = ("parameters", "exp_avg", "exp_avg_sq")
     for kind in kinds:
         _assert_equal(restored.full(kind), engine.full(kind), kind)
     swapped = {name: torch.full(p.shape, 0.5) for name, p in weights.items()}
