@@ -69,7 +69,7 @@ def environment() -> Iterator[dict[str, str]]:
 
 def submit(environment: dict[str, str], *arguments: str) -> str:
     done = subprocess.run(
-        ["ray", "job", "submit", *arguments], env=environment, capture_output=True, text=True, timeout=150, cwd="/"
+        ["ray", "job", "submit", *arguments], env=environment, capture_output=True, text=True, timeout=280, cwd="/"
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -155,6 +155,24 @@ def test_submit_follow_stop_and_resume(environment: dict[str, str], recipe: Path
     assert any(line.startswith("finished 12 updates") for line in lines)
     assert (folder / "finished.json").exists()
     assert (folder / "adapter").is_dir()
+
+
+def test_a_job_that_ray_kills_is_resumed(environment: dict[str, str], tmp_path: Path) -> None:
+    """docs/clusters.md's job, made small. Without RAY_JOB_STOP_WAIT_TIME_S a stopped job has 3 seconds, and an update takes 5."""
+    small = ["evaluate.images=4", "evaluate.drift_images=0", "sampler.steps=2", "batch.size=4", "batch.micro=4"]
+    slow = ['rewards.border={kind = "tests.distributed.steered", pause = 5}']
+    labels = [f"pools.{pool}.labels.raydiff-pool={pool}" for pool in CPUS]
+    train = ["python", "jobs/train.py", "jobs/recipes/emoji_draft_lv_pools.toml", "train.updates=5", *labels]
+    job = ["--working-dir", str(ROOT), "--", *train, *small, *slow, "train.checkpoint_every=1", f"storage={tmp_path}"]
+    said = submit(environment, "--no-wait", *job)
+    number = next(word.strip("'") for word in said.split() if word.startswith("'raysubmit_"))
+    folder = wait_for(index(str(tmp_path), 1), 200).parents[1]
+    subprocess.run(["ray", "job", "stop", number], env=environment, check=True, capture_output=True, timeout=120)
+    assert not (folder / "finished.json").exists()
+    before = {path.name for path in folder.glob("checkpoint_*")}
+    said = submit(environment, *job, "--resume", folder.name)
+    assert "finished 5 updates" in said
+    assert (folder / "finished.json").exists() and before
 
 
 def test_a_failing_job_says_why(environment: dict[str, str], recipe: Path) -> None:

@@ -129,6 +129,18 @@ def test_a_reward_node_removed_for_good(nodes: Nodes, labelled: MakeRun, tmp_pat
     assert_equal_step_by_step(result, reference(labelled))
 
 
+def test_a_removed_train_node_is_waited_for(nodes: Nodes, labelled: MakeRun, tmp_path: Path) -> None:
+    second = nodes.add("train")
+
+    def disturb() -> None:
+        nodes.cluster.remove_node(second, allow_graceful=False)
+        time.sleep(5)
+        nodes.add("train")
+
+    run = labelled({"storage": str(tmp_path), "rewards.blue.pause": 0.5, "pools.train.num_cpus": 1})
+    assert_equal_step_by_step(disturbed(run, disturb), reference(labelled))
+
+
 def test_a_removed_train_node(nodes: Nodes, labelled: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker that is left goes on with twice the micro-batches."""
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
