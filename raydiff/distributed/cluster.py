@@ -24,15 +24,23 @@ _ENVIRONMENT = {
 def start(dashboard: bool = False) -> None:
     """Connect to the cluster that RAY_ADDRESS names, or start a local one, unless that is done.
 
-    `dashboard`: a local one answers the state API, which frees what a sweep's stopped trials leave.
+    `dashboard`: a local one answers the state API, which frees what a sweep's stopped trials leave. Raises ConfigError when that
+    cluster does not let us in.
     """
     import ray
 
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if not ray.is_initialized():
-        local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": dashboard}
-        ray.init(log_to_driver=False, logging_level="ERROR", **local)
+        address = os.environ.get("RAY_ADDRESS")
+        local = {} if address else {"include_dashboard": dashboard}
+        try:
+            ray.init(log_to_driver=False, logging_level="ERROR", **local)
+        except ConnectionError as error:
+            raise ConfigError(
+                f"RAY_ADDRESS = {address!r}: {error}. Either no head listens there, or it wants a token, as `ray start` makes it:"
+                " set RAY_AUTH_MODE=token, and give this machine the head's ~/.ray/auth_token"
+            ) from None
 
 
 def check_fits(faults: Callable[[list[Node]], list[str]], patience: float = _PATIENCE) -> None:

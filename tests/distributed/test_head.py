@@ -1,5 +1,6 @@
 """The head node is lost, and the cluster with it: the run ends, and goes on with a new cluster."""
 
+import os
 import shutil
 import socket
 import subprocess
@@ -18,14 +19,14 @@ from raydiff.distributed import checkpoint
 from raydiff.distributed.storage import Folder
 from raydiff.local import fit
 from tests.distributed.conftest import wait_for
-from tests.distributed.test_train import driver, index
+from tests.distributed.test_train import ROOT, driver, index
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(500)]
 pytest.importorskip("ray")
 
 
 @contextmanager
-def cluster() -> Any:
+def cluster(auth: str = "disabled") -> Any:
     """Address of a node that is a cluster, and what ends it as a power cut would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -33,7 +34,8 @@ def cluster() -> Any:
     folder = tempfile.mkdtemp(prefix="raydiff-", dir="/tmp")  # Ray's sockets lie there, and their paths must be short
     start = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=4", f"--port={port}"]
     local = ["--node-ip-address=127.0.0.1", "--include-dashboard=false", f"--temp-dir={folder}"]
-    head = subprocess.Popen([*start, *local], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": auth}  # workers import this package's rewards
+    head = subprocess.Popen([*start, *local], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def kill() -> None:
         family = [head, *psutil.Process(head.pid).children(recursive=True)] if head.poll() is None else []
@@ -60,7 +62,7 @@ def test_a_lost_head_ends_the_run_and_a_new_cluster_goes_on(ray_run: Callable[..
         address, kill = stack.enter_context(cluster())
         process = driver(run, address, tmp_path / "run.json")
         stack.callback(process.kill)
-        folder = wait_for(index(run.storage, 2)).parents[1]
+        folder = wait_for(index(run.storage, 2), 200).parents[1]
         kill()
         said = process.communicate(timeout=200)[0].decode()
         print(said)
@@ -77,3 +79,14 @@ def test_a_lost_head_ends_the_run_and_a_new_cluster_goes_on(ray_run: Callable[..
     for ours, theirs in zip(last.history, alone, strict=True):
         for name in theirs.keys() - {"seconds"}:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), (theirs["step"], name)
+
+
+def test_a_missing_token_is_named(ray_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "1" * 64)
+    with cluster("token") as (address, _):
+        monkeypatch.delenv("RAY_AUTH_TOKEN")
+        process = driver(ray_run(), address, tmp_path / "run.json")
+        said = process.communicate(timeout=200)[0].decode()
+    assert process.returncode == 1
+    assert said.splitlines()[-1].startswith(f"RAY_ADDRESS = {address!r}: ")
+    assert "set RAY_AUTH_MODE=token" in said
