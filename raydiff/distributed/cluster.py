@@ -24,8 +24,8 @@ _ENVIRONMENT = {
 def start(dashboard: bool = False) -> None:
     """Connect to the cluster that RAY_ADDRESS names, or start a local one, unless that is done.
 
-    `dashboard`: a local one answers the state API, which frees what a sweep's stopped trials leave. Raises ConfigError when that
-    cluster does not let us in.
+    `dashboard`: a local one answers the state API, which frees what a sweep's stopped trials leave.
+    Raises ConfigError when that cluster does not let us in.
     """
     import ray
 
@@ -38,8 +38,8 @@ def start(dashboard: bool = False) -> None:
             ray.init(log_to_driver=False, logging_level="ERROR", **local)
         except ConnectionError as error:
             raise ConfigError(
-                f"RAY_ADDRESS = {address!r}: {error}. Either no head listens there, or it wants a token, as `ray start` makes it:"
-                " set RAY_AUTH_MODE=token, and give this machine the head's ~/.ray/auth_token"
+                f"RAY_ADDRESS = {address!r}: {error}. Either no head listens there, or it wants a token, as `ray start` makes"
+                " it: set RAY_AUTH_MODE=token, and give this machine the head's ~/.ray/auth_token"
             ) from None
 
 
