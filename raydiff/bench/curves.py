@@ -43,8 +43,14 @@ class Curve:
         )
 
     def paid(self, cost: np.ndarray, threshold: float, pictures: Any = slice(None)) -> float:
-        """Cost (E,) at which the mean reward of some pictures reaches a threshold; inf if it never does while aligned."""
-        return crossing(cost, np.where(self.aligned, self.rewards["total"][:, pictures].mean(1), -np.inf), threshold)
+        """Cost (E,) at which the mean reward reaches a threshold; inf if it never does while aligned.
+
+        Of a resample, the gain on its pictures counts, over all pictures' mean before training: at the start, which is the same
+        in all runs, prompts differ by more than a threshold asks for.
+        """
+        reward = self.rewards["total"]
+        level = reward[0].mean() + (reward - reward[0])[:, pictures].mean(1)
+        return crossing(cost, np.where(self.aligned, level, -np.inf), threshold)
 
     def mean(self, name: str = "total") -> np.ndarray:
         """(E,) over pictures."""

@@ -16,15 +16,13 @@ def gradient_norms(run: Run, config: GradientNorm) -> list[dict[str, float]]:
 
     The sampler is the paper's, DDIM. The last figure over the first tells how far the prompts agree.
     """
-    return [{"k": k, **_norms(override(run, _fields(k, config.steps)), config.prompts)} for k in config.ks]
+    run = override(run, {**ddim(config.steps), "batch": {"size": 1, "micro": 1}})
+    return [{"k": k, **_norms(override(run, {"method": {"kind": "draft_k", "k": k}}), config.prompts)} for k in config.ks]
 
 
-def _fields(k: int, steps: int) -> Mapping[str, Any]:
-    return {
-        "method": {"kind": "draft_k", "k": k},
-        "sampler.steps": steps, "sampler.eta": 0.0, "sampler.final_alpha": 1.0,
-        "batch": {"size": 1, "micro": 1},
-    }  # fmt: skip
+def ddim(steps: int) -> Mapping[str, Any]:
+    """The paper's sampler as fields of a run."""
+    return {"sampler.steps": steps, "sampler.eta": 0.0, "sampler.final_alpha": 1.0}
 
 
 def _norms(run: Run, prompts: int) -> dict[str, float]:

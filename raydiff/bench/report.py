@@ -20,18 +20,18 @@ from raydiff.bench.curves import Curve, Draws, Price, median, number
 from raydiff.bench.measure import COSTS
 from raydiff.bench.settings import Settings
 
-GRADIENT_NORM = "gradient_norm.json"
+GRADIENT_NORM, RENOISING = "gradient_norm.json", "renoising.json"
 
 
 def results(settings: Settings, folder: Path) -> dict[str, Any]:
     """All figures of the tables, from the records that are there."""
-    norms = folder / GRADIENT_NORM
+    gradients = {name: folder / name for name in (GRADIENT_NORM, RENOISING)}
     return {
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
         "seeds": list(settings.seeds),
         "tasks": {task: _task(settings, folder, task) for task in settings.tasks},
-        "gradient_norm": json.loads(norms.read_text()) if norms.is_file() else [],
+        **{Path(name).stem: json.loads(file.read_text()) if file.is_file() else [] for name, file in gradients.items()},
     }
 
 
@@ -110,14 +110,16 @@ def markdown(settings: Settings, found: Mapping[str, Any]) -> str:
     lines = [
         "# Sample efficiency", "",
         f"{found['date']}, {found['machine']}; seeds {', '.join(map(str, found['seeds']))}. Median over seeds, with 95 %"
-        " intervals of a bootstrap over seeds and held-out prompts; `>` where no more were spent and the threshold was not"
-        f" reached with a held-out {settings.keep.reward} of at least {settings.keep.least:g}.", "",
+        " intervals of a bootstrap over seeds and over the held-out prompts' gains; `>` where no more were spent and the"
+        f" threshold was not reached with a held-out {settings.keep.reward} of at least {settings.keep.least:g}.", "",
     ]  # fmt: skip
     for task, methods in found["tasks"].items():
         lines += [f"## {settings.tasks[task].title}", "", *_queries_table(settings, task, methods), ""]
         lines += [*_costs_table(settings, task, methods), "", *_ends_table(settings, methods), ""]
     if found["gradient_norm"]:
         lines += ["## Norm of the DRaFT-K gradient", "", *_norms_table(found["gradient_norm"]), ""]
+    if found["renoising"]:
+        lines += ["## What re-noising can average out", "", *_renoising_table(settings, found["renoising"]), ""]
     return "\n".join(lines)
 
 
@@ -162,6 +164,13 @@ def _norms_table(rows: Sequence[Mapping[str, float]]) -> list[str]:
     names = ("mean", "median", "largest", "of_mean")
     header = ["K", "mean over prompts", "median", "largest", "norm of the mean gradient"]
     return _table(header, [[f"{row['k']:g}", *(f"{row[name]:.3g}" for name in names)] for row in rows])
+
+
+def _renoising_table(settings: Settings, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    header = ["reward", "sampler", "steps", "variance between pictures", "within a picture", "share of the latter"]
+    cells = [(settings.tasks[r["task"]].title, r["sampler"], str(r["steps"])) for r in rows]
+    names = ("between", "within", "share")
+    return _table(header, [[*cell, *(f"{row[name]:.3g}" for name in names)] for cell, row in zip(cells, rows, strict=True)])
 
 
 def _text(value: float | None) -> str:

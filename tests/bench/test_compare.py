@@ -111,6 +111,9 @@ def test_every_artifact_is_there(compared: Path) -> None:
         assert (compared / name).read_bytes().startswith(b"\x89PNG")
     norms = json.loads((compared / "results.json").read_text())["gradient_norm"]
     assert [row["k"] for row in norms] == [1, 2]
+    shares = json.loads((compared / "results.json").read_text())["renoising"]
+    assert [(row["sampler"], row["steps"]) for row in shares] == [("of the comparison", 4), ("DDIM", 4)]
+    assert all(0 < row["share"] <= 1 for row in shares)
     assert all(0 < row["of_mean"] <= row["mean"] <= row["largest"] for row in norms)
 
 

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from raydiff.bench.curves import COSTS, Curve, Draws, Price, crossing, interval, median
+from raydiff.bench.renoising import variances
 
 
 def curve(rewards: list[float], each: float = 10) -> Curve:
@@ -43,6 +45,26 @@ def test_interval_is_of_percentiles_and_counts_inf() -> None:
     assert interval(np.arange(1001.0)) == (25, 975)
     low, high = interval(np.array([1.0] * 90 + [float("inf")] * 10))
     assert (low, high) == (1, float("inf"))
+
+
+def test_variances_of_a_known_mixture() -> None:
+    """Pictures of variance 4 and copies of variance 9, for each of 3 weights."""
+    draw = torch.Generator().manual_seed(0)
+    centres, copies = 2 * torch.randn(4000, 1, 3, generator=draw), 3 * torch.randn(4000, 8, 3, generator=draw)
+    between, within = variances(centres + copies)
+    assert between == pytest.approx(12, rel=0.05)
+    assert within == pytest.approx(27, rel=0.02)
+    assert variances(copies[:2])[0] >= 0
+
+
+def test_a_resample_counts_its_gain_over_the_common_start() -> None:
+    """Two pictures that start 2 apart and gain 1 and 3: drawn alone, each crosses a mean gain of 1 at its own time."""
+    rewards = np.array([[0.0, 2.0], [1.0, 5.0]])
+    run = Curve(("a", "b"), np.arange(2), {c: np.array([0.0, 10.0]) for c in COSTS}, {"total": rewards}, np.ones(2, bool))
+    cost = run.costs["images"]
+    assert run.paid(cost, 2.0) == 5  # from a mean of 1 to 3
+    assert run.paid(cost, 2.0, np.array([0, 0])) == 10
+    assert run.paid(cost, 2.0, np.array([1, 1])) == pytest.approx(10 / 3)
 
 
 def test_prompts_stay_whole_and_draws_are_paired() -> None:
