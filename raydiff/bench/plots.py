@@ -83,7 +83,7 @@ def strip(settings: Settings, folder: Path, task: str) -> Path | None:
         at = [int(np.flatnonzero(curve.steps == step)[0]) for step in data["steps"]]
         for i in range(data["frames"].shape[1]):
             rows.append([torch.from_numpy(frame) for frame in data["frames"][:, i]])  # (3,H,W) uint8 each
-            captions.append([f"{curve.costs['reward_queries'][e]:.0f} queries {curve.rewards['total'][e, i]:.2f}" for e in at])
+            captions.append([f"{curve.costs['reward_queries'][e]:.0f} queries: {curve.rewards['total'][e, i]:.2f}" for e in at])
             labels.append("\n".join([*method.split("_"), *curve.prompts[i].split()[1:]]))
     if not rows:
         return None
