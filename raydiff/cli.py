@@ -305,6 +305,17 @@ def evaluate(
 
 
 @app.command()
+def log(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Of a run that has ended, e.g. runs/NAME.")],
+) -> None:
+    """Send MLflow what it missed of a run while it did not answer."""
+    from raydiff.distributed import missed
+
+    tracker = missed.send(folder)
+    typer.echo(f"MLflow: {tracker.uri}, run {tracker.run_id}")
+
+
+@app.command()
 def plan(
     recipe: Recipe,
     overrides: Overrides = None,

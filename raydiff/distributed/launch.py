@@ -122,7 +122,7 @@ def _carried_out(run: Run, folder: Folder, tracker: Tracker, use_gpu: bool, prog
         with _interruptible():
             outcome = _trained(run, folder, board, use_gpu, store, rewards, progress)
         status = "FINISHED" if "finished" in outcome else "KILLED" if "stopped" in outcome else "FAILED"
-        said = _tags(outcome.get("finished", {}))
+        said = tags(outcome.get("finished", {}))
     except KeyboardInterrupt:
         status = "KILLED"
         raise
@@ -130,7 +130,7 @@ def _carried_out(run: Run, folder: Folder, tracker: Tracker, use_gpu: bool, prog
         error.add_note(f"Its checkpoints are in {folder}; --resume {folder.name} goes on after the newest.")
         raise
     finally:
-        _close(board, tracker, status, said, progress)
+        _close(board, tracker, folder, status, said, progress)
     return outcome
 
 
@@ -341,7 +341,7 @@ class Room:
         return "\n".join(["nodes were lost", *self.lacking]) if self.lacking else "all pools have room again"
 
 
-def _tags(finished: dict[str, Any]) -> dict[str, str]:
+def tags(finished: Mapping[str, Any]) -> dict[str, str]:
     """What a finished run says of itself in MLflow."""
     best, reason = finished.get("best"), finished.get("stopped_by")
     return {
@@ -350,8 +350,8 @@ def _tags(finished: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _close(board: Any, tracker: Tracker, status: str, tags: dict[str, str], progress: Progress) -> None:
-    """Log what is left. MLflow's faults are told and go no further."""
+def _close(board: Any, tracker: Tracker, folder: Folder, status: str, tags: dict[str, str], progress: Progress) -> None:
+    """Log what is left. MLflow's faults are told, with the way to send it later, and go no further."""
     import ray
 
     try:
@@ -360,7 +360,7 @@ def _close(board: Any, tracker: Tracker, status: str, tags: dict[str, str], prog
     except Exception as error:
         left = f"MLflow at {tracker.uri}: {error}"
     if left:
-        progress.say(left)
+        progress.say(f"{left}\nraydiff log {folder} sends what is missing, when it answers again")
     ray.kill(board)
 
 

@@ -1,6 +1,8 @@
 """Whole runs on Ray: what they leave, and that kills, stops and full disks change nothing in it."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from raydiff.config import ConfigError, Run, flat, override
 from raydiff.core.policy import NonFiniteReward
-from raydiff.distributed import checkpoint, tracking
+from raydiff.distributed import checkpoint, missed, tracking
 from raydiff.distributed.launch import Result, train
 from raydiff.distributed.storage import Folder, StorageError
 from raydiff.local import fit
@@ -175,6 +177,26 @@ def test_a_hung_worker_changes_nothing(uninterrupted: Result, ray_run: MakeRun, 
     assert (tmp_path / "hung").exists()
     assert_same_adapter(result, uninterrupted)
     assert steps(result) == [1, 2, 3, 4]
+
+
+def test_what_mlflow_missed_is_sent_later(uninterrupted: Result, tmp_path: Path) -> None:
+    """The run's folder beside an MLflow that knows nothing of it: afterwards it has every number and file of the first one."""
+    folder = Path(shutil.copytree(uninterrupted.folder, tmp_path / Path(uninterrupted.folder).name))
+    run = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**run, "storage": str(tmp_path)}))
+    late = missed.send(str(folder))
+    assert missed.send(str(folder)) == late
+    first = tracking.Tracker(uninterrupted.mlflow_uri, uninterrupted.mlflow_run_id)
+    there, here = (tracker.client().get_run(tracker.run_id) for tracker in (first, late))
+    assert here.info.status == there.info.status == "FINISHED"
+    assert here.data.metrics.keys() == there.data.metrics.keys()
+    for name in there.data.metrics:
+        expected, found = ([(m.step, m.value) for m in t.client().get_metric_history(t.run_id, name)] for t in (first, late))
+        assert found == expected, name
+    names = [{i.path for i in t.client().list_artifacts(t.run_id, "pictures")} for t in (first, late)]
+    assert names[0] == names[1]
+    with pytest.raises(ConfigError, match=r"FOLDER = '.*': holds no run\.json"):
+        missed.send(str(tmp_path))
 
 
 def test_killed_driver_resumes(uninterrupted: Result, cluster: str, ray_run: MakeRun, tmp_path: Path) -> None:

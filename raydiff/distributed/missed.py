@@ -1,0 +1,31 @@
+"""What MLflow missed of a run while it did not answer: all of it lies in the run's folder, and can be sent later."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+from raydiff.config import ConfigError, Run
+from raydiff.distributed import checkpoint, learn, tracking
+from raydiff.distributed.launch import RUN, tags
+from raydiff.distributed.storage import Folder
+from raydiff.distributed.tracking import Board, Tracker
+
+
+def send(folder: str) -> Tracker:
+    """Log the steps that MLflow lacks of a run that has ended, up to its newest checkpoint, with its pictures and weights.
+
+    Raises ConfigError when no run is there, or MLflow still does not answer.
+    """
+    where = Folder(folder)
+    if where.size(RUN) is None:
+        raise ConfigError(f"FOLDER = {folder!r}: holds no {RUN}; give the folder of a run, e.g. runs/NAME")
+    run, newest = Run.model_validate(where.read_json(RUN)), checkpoint.latest(where)
+    tracker = tracking.start(run, tracking.prepare(run), where.name, where)
+    board = Board(tracker, where.uri)
+    there = (PurePosixPath(learn.GRID).parent.as_posix(), learn.ADAPTER, learn.BEST)
+    board.add(newest.history if newest else [], [f"{part}/{name}" for part in there for name in where.files(part)])
+    if fault := board.flush():
+        raise ConfigError(f"tracking.uri: {fault}")
+    ended = where.read_json(learn.FINISHED) if where.size(learn.FINISHED) is not None else None
+    tracker.finish("KILLED" if ended is None else "FINISHED", tags(ended or {}))
+    return tracker
