@@ -29,7 +29,7 @@ from raydiff.search import Sweep
 
 SWEEP, TUNE = "sweep.json", "tune"
 _OBJECTIVE, _QUERIES = "objective", "reward_queries"
-_SETTLE = 5.0  # seconds that an evaluation waits for MLflow at most
+_SETTLE = 30.0  # seconds that an evaluation waits for MLflow at most
 _DRIVER = 0.001  # of the node's own resource: pins the driver, where a SQLite tracking file is
 
 

@@ -30,7 +30,10 @@ def in_order(seen: Seen, updates: int, blocks: int, workers: int) -> None:
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize(
     ("workers", "generators", "micro", "staleness"),
-    [(1, 1, 2, 0), (1, 3, 2, 0), (2, 3, 1, 0), (2, 1, 4, 0), (1, 3, 2, 1), (2, 3, 2, 2)],
+    [
+        *((1, 3, 2, 0), (2, 3, 1, 0), (2, 3, 2, 2)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1, 2, 0), (2, 1, 4, 0), (1, 3, 2, 1))),
+    ],
 )
 def test_blocks_come_in_order_and_young_enough(cluster: str, workers: int, generators: int, micro: int, staleness: int) -> None:
     """At staleness 0 each of these hangs if blocks are prefetched, kept for locality, reordered, or joined."""
@@ -49,7 +52,7 @@ def test_blocks_come_in_order_and_young_enough(cluster: str, workers: int, gener
 
 @pytest.mark.ray
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("generators", [1, 3])
+@pytest.mark.parametrize("generators", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_crash_at_staleness_0_neither_hangs_nor_loses_a_block(cluster: str, generators: int, tmp_path: Path) -> None:
     crash = {"CRASH_AT": "5", "CRASH_ONCE": str(tmp_path / "crashed")}
     config = run(generation__max_staleness=0, pools__generate__replicas=generators)
