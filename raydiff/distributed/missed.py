@@ -22,8 +22,10 @@ def send(folder: str) -> Tracker:
     run, newest = Run.model_validate(where.read_json(RUN)), checkpoint.latest(where)
     tracker = tracking.start(run, tracking.prepare(run), where.name, where)
     board = Board(tracker, where.uri)
-    there = (PurePosixPath(learn.GRID).parent.as_posix(), learn.ADAPTER, learn.BEST)
-    board.add(newest.history if newest else [], [f"{part}/{name}" for part in there for name in where.files(part)])
+    shown = PurePosixPath(learn.GRID).parent.as_posix()
+    files = [f"{shown}/{name}" for name in where.files(shown) if name.endswith(".png")]
+    files += [f"{part}/{name}" for part in (learn.ADAPTER, learn.BEST) for name in where.files(part)]
+    board.add(newest.history if newest else [], files)
     if fault := board.flush():
         raise ConfigError(f"tracking.uri: {fault}")
     ended = where.read_json(learn.FINISHED) if where.size(learn.FINISHED) is not None else None
