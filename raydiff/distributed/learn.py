@@ -200,7 +200,7 @@ class Worker:
         """Export the trained weights and the grid of before and after. The run is finished when FINISHED is written."""
         done = int(self.history[-1]["step"])
         after = self.evaluated[1] if self.evaluated[0] == done else self.evaluate(done)
-        weights, result = self.averages(), self.result(reason)
+        weights, result = self.averages(), self.result(reason, after)
         with self.ranks.agreed():
             if self.ranks.rank == 0:
                 self.export(weights, ADAPTER)
@@ -231,12 +231,13 @@ class Worker:
         """The weights to evaluate and export, whole. Collective."""
         return self.session.ema.average if self.session.ema else self.engine.weights()
 
-    def result(self, reason: str | None) -> dict[str, Any]:
-        held_out = [{k: v for k, v in row.items() if k.startswith("held_out/")} for row in self.history]
+    def result(self, reason: str | None, after: list[Picture]) -> dict[str, Any]:
+        """A run that is resumed with no update left has no row of `after`."""
         best = watch.best(self.run, self.history)
+        before, now = ({k: v for k, v in row.items() if k.startswith("held_out/")} for row in (self.history[0], summary(after)))
         return {
-            "before": held_out[0],
-            "after": [row for row in held_out if row][-1],
+            "before": before,
+            "after": now,
             "seconds": self.history[-1]["seconds"],
             "best": asdict(best) if best else None,
             "stopped_by": reason,

@@ -237,6 +237,21 @@ def test_ctrl_c_makes_a_checkpoint_for_any_workers(
     assert steps(result) == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
+def test_a_stopped_run_is_exported_as_it_is(uninterrupted: Result, cluster: str, ray_run: MakeRun, tmp_path: Path) -> None:
+    """Resumed with no update left, it is evaluated once more; with more of them, it goes on."""
+    run = ray_run({"storage": str(tmp_path), "rewards.blue.pause": 1.0, "evaluate.every": 100})
+    process = driver(run, cluster, tmp_path / "run.json")
+    folder = wait_for(index(run.storage, 1)).parents[1]
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=120)
+    last = checkpoint.latest(Folder(folder))
+    assert last is not None and last.next_step < UPDATES
+    result = train(override(run, {"train.updates": last.next_step}), resume=folder)
+    assert result.after["held_out/total"] > result.before["held_out/total"]
+    assert_same_adapter(train(run, resume=folder), uninterrupted)
+
+
 def test_nan_reward_ends_the_run(cluster: str, ray_run: MakeRun, tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(NonFiniteReward, match=r"reward 'blue' is nan for prompt 'a fox', seed \d+"):
