@@ -62,7 +62,7 @@ def factory(run: Run, store: Any, groups: list[Group], generator: type = Generat
         # One ticket is one row and one block: a block of several would be waited for as a whole. What makes and admits
         # tickets claims nothing: the run's pools may leave nothing.
         # One at a time: unbounded, 2000 tickets keep Ray starting processes for minutes before the first sample; bounded, they
-        # take 10 s, and 20000 half a minute.
+        # take about a quarter of a minute, and 20000 half a minute.
         tickets = run.train.updates * blocks(run)
         data = ray.data.read_datasource(_tickets(tickets), num_cpus=0, concurrency=1, override_num_blocks=tickets)
         data = data.map_batches(
