@@ -29,12 +29,15 @@ def fit(
     best.json, to `best_folder(folder)` beside it. `show` gets each evaluation's pictures, with the updates done before it.
     Workers and ZeRO stage play no role here; the batch is the same.
 
-    Raises ConfigError for a metric of `train.stop_when` that the run does not measure.
+    Raises ConfigError for a metric of `train.stop_when` that the run does not measure, and FloatingPointError when a loss or a
+    gradient is not finite, or no update has a gradient.
     """
     session = Session(run, device)
     session.prepare()
     optimizer, scheduler = session.optimizer()
-    engine = TorchEngine(optimizer, scheduler, session.geometry.step_accumulation, run.optimizer.max_grad_norm)
+    engine = TorchEngine(
+        optimizer, scheduler, session.geometry.step_accumulation, run.optimizer.max_grad_norm, session.loss_scale
+    )
     start = time.perf_counter()
 
     def evaluated(done: int) -> dict[str, float]:
@@ -51,10 +54,11 @@ def fit(
         if session.ema:
             session.ema.update(session.model.trained())
         done = step + 1
-        metrics |= {"grad_norm": engine.grad_norm, "seconds": time.perf_counter() - start, **vars(session.policy.calls)}
+        metrics |= {"seconds": time.perf_counter() - start, **vars(session.policy.calls)}
         if watch.due(run, done):
             metrics |= evaluated(done)
         rows.append({"step": done, **metrics})
+        watch.require_learning(rows)
         if folder is not None and (best := watch.improved(run, rows)):
             export(session, best_folder(folder))
             best.write(best_folder(folder))

@@ -19,7 +19,7 @@ from raydiff.config import Geometry, Run, geometry
 from raydiff.core import guard
 from raydiff.core.denoise import mix
 from raydiff.core.guard import Probe
-from raydiff.core.learner import Ema, Engine, learning_rate_factor, swapped, update
+from raydiff.core.learner import Ema, Engine, LossScale, learning_rate_factor, swapped, update
 from raydiff.core.log_prob import gaussian_log_prob
 from raydiff.core.policy import Calls, Policy, checked
 from raydiff.core.reward_vjp import Score, weighted_sum
@@ -114,6 +114,7 @@ class Session:
         )
         self.method.check_grid(self.policy.schedule, sampler.eta)
         self.judge = replace(self.policy, score=scores.evaluation, calls=Calls())  # which is not training's cost
+        self.loss_scale = LossScale() if run.model.dtype == "float16" else None
         if run.optimizer.ema is not None:
             self.ema = Ema(self.model.trained(), run.optimizer.ema)
 
@@ -209,15 +210,38 @@ class Session:
         return replace(rollouts, rewards={name: r.view(shape) for name, r in {"total": total, **parts}.items()})
 
     def ready(self, batches: Iterable[Rollouts]) -> Iterable[Rollouts]:
-        """This worker's micro-batches of an update, as the loss takes them. Collective where the method needs advantages.
+        """This worker's micro-batches of an update, as the loss takes them. Collective where that depends on all rewards.
 
-        One by one as they come, where nothing stands against it; all sampled first, where the weights move or the loss needs
-        the rewards of all before the last is there.
+        Streams micro-batches when possible. Collects them first if an update has several optimiser steps, or the loss of the
+        first needs the rewards of the last.
         """
-        if self.geometry.optimizer_steps > 1 or self.advantages is not None:
+        if self.geometry.optimizer_steps > 1 or self.advantages is not None or self.method.selects:
             batches = list(batches)
-            return self.weighed(batches) if self.advantages is not None else batches
+            batches = self.weighed(batches) if self.advantages is not None else batches
+            return self.counted(batches) if self.advantages is not None or self.method.selects else batches
         return batches
+
+    def counted(self, batches: list[Rollouts]) -> list[Rollouts]:
+        """The micro-batches with the mean count of terms of one, over its optimiser step and all workers.
+
+        What is averaged over a part of the samples, as the pairs that are no ties, then has one denominator, however the batch is
+        split.
+        """
+        counts = self.gather([self._terms(b) for b in batches])  # by worker, each its micro-batches
+        size = self.geometry.step_accumulation
+
+        def mean(step: int) -> float:
+            return sum(sum(share[step * size : (step + 1) * size]) for share in counts) / (size * self.workers)
+
+        means = [mean(step) for step in range(len(batches) // size)]
+        return [replace(b, terms=means[i // size]) for i, b in enumerate(batches)]
+
+    def _terms(self, batch: Rollouts) -> int:
+        """Terms that can have a gradient: selected ones, or attempts that have an advantage."""
+        if self.method.selects:
+            return self.method.terms(batch)
+        assert batch.advantages is not None
+        return int(batch.advantages.count_nonzero())
 
     def weighed(self, batches: list[Rollouts]) -> list[Rollouts]:
         """The micro-batches with advantages from the rewards of all workers', in the update's order: the same at any number."""
@@ -234,16 +258,20 @@ class Session:
         The optimiser moves `geometry.optimizer_steps` times in it.
         """
         batches = self.ready(self.batches(step) if batches is None else batches)
-        return update(engine, self.method, self.policy, batches, self.geometry.inner_epochs)
+        epochs, zero = self.geometry.inner_epochs, self.run.train.zero_gradient
+        return update(engine, self.method, self.policy, batches, epochs, zero)
 
     def state(self) -> dict[str, Any]:
         """What later updates depend on beside weights and optimiser, as JSON; the same on every worker."""
-        return {} if self.advantages is None else {"advantages": self.advantages.state()}
+        advantages = {} if self.advantages is None else {"advantages": self.advantages.state()}
+        return advantages | ({} if self.loss_scale is None else {"loss_scale": self.loss_scale.state()})
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take up what `state` gave. Raises KeyError when the method needs more than that."""
         if self.advantages is not None:
             self.advantages.restore(state["advantages"])
+        if self.loss_scale is not None:
+            self.loss_scale.restore(state["loss_scale"])
 
     @torch.no_grad()
     def evaluate(self) -> list[Picture]:

@@ -6,7 +6,8 @@ An Engine is what a DeepSpeedEngine already is; TorchEngine is its twin for one 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal, Protocol
@@ -27,52 +28,165 @@ class Loss(Protocol):
     def loss(self, policy: Policy, batch: Rollouts) -> tuple[Tensor, Metrics]: ...
 
 
+class LossScale:
+    """Dynamic loss scaling: float16 has no numbers below 6e-8, and the gradients of one picture's pixels are smaller
+    (Micikevicius et al. 2018, arXiv 1710.03740, §3.2).
+
+    The loss is multiplied by `scale`, and the gradient divided by it. A step whose scaled gradient overflows is skipped at half
+    the scale from then on; after `GROWTH` good steps it is doubled.
+    """
+
+    START, LEAST, MOST, GROWTH = 2.0**16, 2.0**-10, 2.0**40, 100
+
+    def __init__(self) -> None:
+        self.scale, self.good, self.skipped = self.START, 0, 0
+
+    def overflowed(self) -> None:
+        """After a step whose gradient was not finite. Raises FloatingPointError when that cannot be the scale's fault."""
+        if self.scale <= self.LEAST:
+            raise FloatingPointError(_not_finite("not finite at any loss scale"))
+        self.scale, self.good, self.skipped = self.scale / 2, 0, self.skipped + 1
+
+    def fitted(self) -> None:
+        """After a step whose gradient was finite."""
+        self.good += 1
+        if self.good >= self.GROWTH:
+            self.scale, self.good = min(2 * self.scale, self.MOST), 0
+
+    def vanished(self) -> bool:
+        """After a gradient that was exactly 0 and should not be: whether a larger scale can be tried."""
+        larger = self.scale < self.MOST
+        self.scale, self.good = min(256 * self.scale, self.MOST), 0
+        return larger
+
+    def state(self) -> dict[str, float]:
+        """As JSON."""
+        return vars(self).copy()
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        vars(self).update(state)
+
+
 class Engine(Protocol):
     """`backward` and `step` once per micro-batch; the optimiser moves when as many as it accumulates are complete."""
 
+    loss_scale: LossScale | None
+
     def backward(self, loss: Tensor) -> object: ...
 
-    def step(self) -> object: ...
+    def step(self) -> float | None:
+        """The norm of the accumulated gradient before clipping when the optimiser's turn has come, else None; inf when the step
+        was skipped, as the scaled gradient overflowed.
+
+        Raises FloatingPointError, before any weight moves, when the gradient is not finite and no scale can be blamed.
+        """
 
 
 class TorchEngine:
     """Plain torch in one process: gradient accumulation, clipping by the global norm, learning-rate schedule."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, scheduler: LambdaLR, accumulation: int, max_grad_norm: float) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        scheduler: LambdaLR,
+        accumulation: int,
+        max_grad_norm: float,
+        loss_scale: LossScale | None = None,
+    ) -> None:
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.accumulation, self.max_grad_norm = accumulation, max_grad_norm
-        self.grad_norm = float("nan")  # of the last optimiser step, before clipping
+        self.accumulation, self.max_grad_norm, self.loss_scale = accumulation, max_grad_norm, loss_scale
         self._done = 0
 
     def backward(self, loss: Tensor) -> None:
-        (loss / self.accumulation).backward()
+        scale = self.loss_scale.scale if self.loss_scale else 1.0
+        (scale * loss / self.accumulation).backward()
 
-    def step(self) -> None:
+    def step(self) -> float | None:
         self._done += 1
         if self._done % self.accumulation:
-            return
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.grad_norm = float(nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
-        self.optimizer.step()
-        self.scheduler.step()
+            return None
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if self.loss_scale:
+            torch._foreach_div_([p.grad for p in parameters], self.loss_scale.scale)
+        norm = float(nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
+        taken = after_gradient(norm, self.loss_scale)
+        if taken:
+            self.optimizer.step()
+        advance(self.scheduler)
         self.optimizer.zero_grad(set_to_none=True)
+        return norm if taken else math.inf
 
 
-def update(engine: Engine, method: Loss, policy: Policy, batches: Iterable[Rollouts], epochs: int = 1) -> dict[str, float]:
+def after_gradient(norm: float, loss_scale: LossScale | None) -> bool:
+    """Whether the step with a gradient of this norm is taken; the scale learns from it. Raises FloatingPointError."""
+    finite = math.isfinite(norm)
+    if loss_scale is None and not finite:
+        raise FloatingPointError(_not_finite(f"{norm}"))
+    if loss_scale:
+        (loss_scale.fitted if finite else loss_scale.overflowed)()
+    return finite
+
+
+def advance(scheduler: LambdaLR) -> None:
+    """The learning rate's next step: skipped steps count, so that updates and schedule stay together."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # where the first step was skipped
+        scheduler.step()
+
+
+def _not_finite(norm: str) -> str:
+    return (
+        f"the gradient's norm is {norm}, though the loss is finite: the step is refused. A reward, or a layer, has no gradient at"
+        " some picture, as a square root has none at 0"
+    )
+
+
+def update(
+    engine: Engine,
+    method: Loss,
+    policy: Policy,
+    batches: Iterable[Rollouts],
+    epochs: int = 1,
+    zero_gradient: Literal["refuse", "accept"] = "refuse",
+) -> dict[str, float]:
     """`epochs` passes over an update's micro-batches: the mean of each metric. The engine says when the optimiser moves.
 
-    Raises FloatingPointError when a loss is not finite, before it reaches the weights.
+    Raises FloatingPointError when a loss or a gradient is not finite, before it reaches the weights, and, unless that is
+    accepted, when the gradient of the whole update is exactly 0, though its samples differ.
     """
     batches = batches if epochs == 1 else list(batches)
     history: list[Metrics] = []
+    norms: list[float] = []
+    decided = False
     for epoch in range(epochs):
         for batch in batches:
             loss, metrics = method.loss(policy, replace(batch, epoch=epoch))
             require_finite(loss, batch)
             engine.backward(loss)
-            engine.step()
+            norm = engine.step()
+            norms += [] if norm is None else [norm]
+            decided |= batch.terms != 0
             history.append({"loss": loss.detach(), **metrics})
+    vanished = decided and norms and max(norms) == 0
+    if vanished and not (engine.loss_scale and engine.loss_scale.vanished()) and zero_gradient == "refuse":
+        raise FloatingPointError(
+            "the gradient of the whole update is exactly 0, so that nothing is learned from it: the rewards do not depend on the"
+            " pictures, all their weights are 0, or the gradient is too small for model.dtype; mend that, or set"
+            ' train.zero_gradient to "accept"'
+        )
+    return averages(history) | of_steps(norms, engine.loss_scale)
+
+
+def averages(history: Sequence[Metrics]) -> dict[str, float]:
+    """The mean of each metric over micro-batches."""
     return {name: float(torch.stack([m[name].float() for m in history]).mean()) for name in history[0]}
+
+
+def of_steps(norms: Sequence[float], loss_scale: LossScale | None) -> dict[str, float]:
+    """What an update's optimiser steps report: the mean norm of those that were taken, and what was skipped so far."""
+    taken = [norm for norm in norms if math.isfinite(norm)]
+    norm = {"grad_norm": sum(taken) / len(taken)} if taken else {}
+    return norm | ({"loss_scale": loss_scale.scale, "skipped_steps": float(loss_scale.skipped)} if loss_scale else {})
 
 
 def require_finite(loss: Tensor, batch: Rollouts) -> None:

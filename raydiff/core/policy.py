@@ -6,7 +6,7 @@ Legend: B images, C h w latent, H W pixels, S sampler steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -93,16 +93,20 @@ class Policy:
         """Every step of the noise process that the network was trained on, from the noisiest."""
         return self.model.schedule(self.schedule.train_steps, "trailing", None)
 
-    def predict(self, prompts: Sequence[str], *, guidance: float | None = None, once: bool = False) -> Predict:
+    def predict(
+        self, prompts: Sequence[str], *, guidance: float | None = None, once: bool = False, reference: bool = False
+    ) -> Predict:
         """Predict under B prompts, guided as the run says or as given: counted, and recomputed in the backward pass if the run
-        says so. `once` promises a single call with gradient, where recomputation would save nothing."""
+        says so. `once` promises a single call with gradient, where recomputation would save nothing. `reference`: by the weights
+        from before training, wherever it is called and recomputed."""
         guidance = self.guidance if guidance is None else guidance
         predict = self.model.predict(self.denoiser, prompts, guidance, self.detach_negative)
         passes = 1 if guidance == 1 else 2
 
         def counted(x: Tensor, time: Tensor) -> Tensor:
             self.calls.unet_forward += passes * len(x)
-            out = predict(x, time)
+            with self.model.reference() if reference else nullcontext():
+                out = predict(x, time)
             if out.requires_grad:
                 out.register_hook(lambda _: self._count_backward(passes * len(x)))
             return out

@@ -77,9 +77,13 @@ def logistic_loss(inside: Tensor) -> Tensor:
     return -F.logsigmoid(inside)
 
 
-def mean_over(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the values (P,) where the mask is set; where it never is, 0 with a graph."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+def mean_over(values: Tensor, mask: Tensor, count: float | None = None) -> Tensor:
+    """Mean of the values (P,) where the mask is set; where it never is, 0 with a graph.
+
+    `count` stands for the mask's own where these values are a part of what is averaged: the mean count of a part. The mean over
+    the parts is then the mean over all their values, however they are distributed.
+    """
+    return (values * mask).sum() / (mask.sum().clamp(min=1) if count is None else count or 1)
 
 
 def accuracy(inside: Tensor, decided: Tensor) -> Tensor:

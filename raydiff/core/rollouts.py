@@ -28,6 +28,7 @@ class Rollouts:
     rewards: Mapping[str, Tensor] | None = None  # by name, with "total": (B,G) each
     log_probs: Tensor | None = None  # (B,G,S) of each step under the weights that sampled it, summed over C,h,w
     advantages: Tensor | None = None  # (B,G) weight of each attempt's term, from the rewards of the whole update
+    terms: float | None = None  # that the loss averages over: the mean count of a micro-batch of the same optimiser step
     epoch: int = 0  # which of its update's passes this is: a loss draws anew in each
     version: int = 0  # of the weights that sampled
     digest: str = ""
@@ -43,9 +44,13 @@ class Rollouts:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def at(self, point: int) -> Tensor:
-        """Latents of grid point `point`, one row per attempt: (B·G,C,h,w)."""
-        return self.latents[:, :, self.kept.index(point)].flatten(0, 1)
+    def at(self, point: int | Tensor) -> Tensor:
+        """Latents of grid point `point`, one row per attempt: (B·G,C,h,w). A tensor (B·G,) gives each row a point of its own."""
+        latents = self.latents.flatten(0, 1)
+        if isinstance(point, int):
+            return latents[:, self.kept.index(point)]
+        place = torch.tensor([self.kept.index(i) for i in point.tolist()], device=latents.device)
+        return latents[torch.arange(len(latents), device=latents.device), place]
 
     def flat_prompts(self) -> list[str]:
         """The prompt of each attempt, B·G of them, in the order of `at`."""
@@ -93,7 +98,7 @@ class Rollouts:
 
         def kind(p: Rollouts) -> Any:
             parts = p.rewards and tuple(p.rewards), p.log_probs is None, p.advantages is None
-            return p.kept, p.version, p.digest, p.epoch, *parts
+            return p.kept, p.version, p.digest, p.epoch, p.terms, *parts
 
         if any(kind(p) != kind(first) for p in parts):
             raise ValueError("rollouts with other points or parts, or from other weights, cannot be one batch")

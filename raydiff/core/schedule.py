@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -52,15 +53,18 @@ class Schedule:
         return x - sigma * out, x + alpha * out
 
     def std(self, i: int | Tensor, x: Tensor, eta: float) -> Any:
-        """Standard deviation of the step i -> i+1: eta times that of the posterior q(x_{i+1} | x_i, x0).
+        """Standard deviation of the step i -> i+1: eta times that of the posterior q(x_{i+1} | x_i, x0)."""
+        return _like(eta * _read(self.posterior_std, i), x)
 
-        DDIM eq. 16 (Song et al. 2021), written for any alpha and sigma: std² = eta² (σ'²/σ²)(σ² - (α/α')² σ'²).
+    @cached_property
+    def posterior_std(self) -> Tensor:
+        """Of q(x_{i+1} | x_i, x0) for each step, (S,) float64.
+
+        DDIM eq. 16 (Song et al. 2021), written for any alpha and sigma: std² = (σ'²/σ²)(σ² - (α/α')² σ'²).
         """
-        alpha, sigma = _at(self.alpha, i, x), _at(self.sigma, i, x)
-        alpha_next, sigma_next = _at(self.alpha, i + 1, x), _at(self.sigma, i + 1, x)
-        variance = sigma**2 - (alpha / alpha_next) ** 2 * sigma_next**2
-        variance = variance.clamp(min=0) if isinstance(variance, Tensor) else max(variance, 0.0)
-        return eta * sigma_next / sigma * variance**0.5
+        alpha, sigma, alpha_next, sigma_next = self.alpha[:-1], self.sigma[:-1], self.alpha[1:], self.sigma[1:]
+        variance = (sigma**2 - (alpha / alpha_next) ** 2 * sigma_next**2).clamp(min=0)
+        return sigma_next / sigma * variance.sqrt()
 
     def transition(self, i: int | Tensor, x: Tensor, out: Tensor, eta: float = 0.0) -> tuple[Tensor, Any]:
         """The Gaussian step i -> i+1 as (mean (B,C,h,w), std): std is a float, or (B,1,1,1) when i is a tensor.
@@ -69,9 +73,9 @@ class Schedule:
         grid ends in sigma = 0, std is 0 and the transition has no density.
         """
         x0, eps = self.split(out, x, i)
-        std = self.std(i, x, eta)
-        sigma_next = _at(self.sigma, i + 1, x)
-        return _at(self.alpha, i + 1, x) * x0 + (sigma_next**2 - std**2) ** 0.5 * eps, std
+        std = eta * _read(self.posterior_std, i)
+        kept = (_read(self.sigma, i + 1) ** 2 - std**2) ** 0.5  # of eps; the rest of the noise is drawn anew
+        return _at(self.alpha, i + 1, x) * x0 + _like(kept, x) * eps, _like(std, x)
 
     def target(self, x0: Tensor, eps: Tensor, i: int | Tensor) -> Tensor:
         """What the network should answer at x = add_noise(x0, eps, i), (B,C,h,w): `split` of it gives (x0, eps) back."""
@@ -180,8 +184,17 @@ def _flow(config: Mapping[str, Any], steps: int) -> Schedule:
     return Schedule(s * train_steps, 1 - sigma, sigma, "flow", train_steps)
 
 
-def _at(table: Tensor, i: int | Tensor, like: Tensor) -> Any:
-    """table[i] as a Python float, or as (B,1,1,1) in like's device and dtype when i is a tensor."""
-    if isinstance(i, Tensor):
-        return table[i.cpu()].to(like.device, like.dtype)[:, None, None, None]
-    return float(table[i])
+def _at(table: Tensor, i: int | Tensor, x: Tensor) -> Any:
+    """table[i], ready to be multiplied with x."""
+    return _like(_read(table, i), x)
+
+
+def _read(table: Tensor, i: int | Tensor) -> Any:
+    """table[i] as a Python float, or (B,) float64 on the CPU when i is a tensor: coefficients are worked out at full precision,
+    so that a step is the same bits whether its index came as an int or as a tensor."""
+    return table[i.cpu()] if isinstance(i, Tensor) else float(table[i])
+
+
+def _like(coefficient: Any, x: Tensor) -> Any:
+    """A coefficient as `_read` gave it; a tensor as (B,1,1,1) in x's device and dtype."""
+    return coefficient.to(x.device, x.dtype)[:, None, None, None] if isinstance(coefficient, Tensor) else coefficient

@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.max_failures",
+    "train.zero_gradient",
     "train.timeout",
     "train.gradient_checkpointing",
     "evaluate.every",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from raydiff.config import Run, geometry
 from raydiff.core import learner
+from raydiff.core.learner import advance, after_gradient
 from raydiff.session import Session
 
 Kind = Literal["parameters", "exp_avg", "exp_avg_sq", "gradients"]
@@ -61,19 +63,42 @@ class ZeroEngine:
         self.adam, self.scheduler = session.optimizer()
         config = deepspeed_config(session.run, session.workers, persistence_threshold=persistence_threshold)
         self.deepspeed = _initialize(session.model.denoiser, self.adam, self.scheduler, config)
-        self.grad_norm = float("nan")  # of the last update, before clipping
+        self.loss_scale = session.loss_scale
         session.wrap(self.deepspeed)
 
     def backward(self, loss: Tensor) -> None:
-        self.deepspeed.backward(loss)
+        scale = self.loss_scale.scale if self.loss_scale else 1.0
+        if self.stage and self.loss_scale:
+            self.deepspeed.optimizer.override_loss_scale(scale)  # ZeRO multiplies the loss, and divides what it clips
+        self.deepspeed.backward(loss if self.stage else scale * loss)
 
-    def step(self) -> None:
-        last = self.deepspeed.is_gradient_accumulation_boundary()
-        if last and self.stage == 0:
-            self.grad_norm = float(torch.stack([p.grad.norm() for p in self.trained.values() if p.grad is not None]).norm())
+    def step(self) -> float | None:
+        """Collective. Below ZeRO-1 the gradients are whole on every worker; from there on DeepSpeed knows their norm, and skips
+        a step whose gradient is not finite by itself."""
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()
+            return None
+        if self.stage == 0:
+            norm = self._unscaled()
+            taken = after_gradient(norm, self.loss_scale)
+            if not taken:
+                for p in self.trained.values():
+                    p.grad = None  # Adam leaves these alone
+            self.deepspeed.step()
+            return norm if taken else math.inf
         self.deepspeed.step()
-        if last and self.stage:
-            self.grad_norm = float(self.deepspeed.get_global_grad_norm())
+        norm = float(self.deepspeed.get_global_grad_norm())
+        if not after_gradient(norm, self.loss_scale):
+            advance(self.scheduler)  # which DeepSpeed does for steps that it takes
+            return math.inf
+        return norm
+
+    def _unscaled(self) -> float:
+        """The norm of the gradients, which are divided by the loss scale."""
+        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
+        if self.loss_scale:
+            torch._foreach_div_(gradients, self.loss_scale.scale)
+        return float(torch.stack([g.norm() for g in gradients]).norm())
 
     @property
     def lr(self) -> float:
@@ -106,10 +131,12 @@ class ZeroEngine:
             self._scatter(before)
 
     def restore(self, moments: Mapping[str, Mapping[str, Tensor]], updates: int) -> None:
-        """Put back Adam's moments {"exp_avg": {name: tensor}, ...} and the count of updates done. Collective."""
+        """Put back Adam's moments {"exp_avg": {name: tensor}, ...} and the count of updates done, after the session's own state.
+        Collective."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         steps = updates * self.session.geometry.optimizer_steps
+        skipped = self.loss_scale.skipped if self.loss_scale else 0  # which Adam did not see
         self._make_moments()
         for kind, tensors in moments.items():
             for name, p in self.trained.items():
@@ -119,7 +146,7 @@ class ZeroEngine:
                 else:
                     safe_set_full_optimizer_state(p, value, kind)
         for state in self.adam.state.values():
-            state["step"].fill_(steps)
+            state["step"].fill_(steps - skipped)
         self.scheduler.last_epoch = steps - 1
         self.scheduler.step()
         self.deepspeed.global_steps = steps

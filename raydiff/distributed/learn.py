@@ -108,12 +108,12 @@ class Worker:
         self.meter = Meter()
 
     def resume(self, found: Checkpoint, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.session.restore(found.state)
         self.engine.restore({kind: saved[kind] for kind in ("exp_avg", "exp_avg_sq")}, found.next_step)
         if self.session.ema:
             self.session.ema.updates = found.next_step
             for name, average in self.session.ema.average.items():
                 average.copy_(saved["ema"][name])
-        self.session.restore(found.state)
         if self.ranks.rank == 0:
             self.session.policy.calls = found.calls
             self.add(found.history, [])
@@ -134,7 +134,7 @@ class Worker:
             if reason:
                 break
             lr = self.engine.lr
-            metrics = self.session.update(self.engine, step, self.stream.batches(step) if self.stream else None)
+            metrics = self.updated(step)
             if self.session.ema:
                 self.session.ema.update(self.engine.weights())
             done = step + 1
@@ -142,10 +142,12 @@ class Worker:
             shared = self.ranks.gather((metrics, self.ranks.rank == 0 and self.must_stop()))
             stop = shared[0][1]
             row = {"step": done, **_mean([m for m, _ in shared])}
-            row |= {"grad_norm": self.engine.grad_norm, "lr": lr, **self.cost()}
+            row |= {"lr": lr, **self.cost()}
             if watch.due(self.run, done):
                 row |= summary(self.evaluate(done))
             self.report(row)
+            with self.ranks.agreed():
+                watch.require_learning(self.history)
             self.keep_best()
             reason = self.stopped()
             if stop or reason or done % train.checkpoint_every == 0 or done == train.updates:
@@ -155,6 +157,13 @@ class Worker:
         if self.stream:
             self.stream.close()
         return {"finished": self.finish(reason)}
+
+    def updated(self, step: int) -> dict[str, float]:
+        """One update. A gradient that is refused is so on all workers, whose norm is one."""
+        try:
+            return self.session.update(self.engine, step, self.stream.batches(step) if self.stream else None)
+        except FloatingPointError as error:
+            raise Refused.of(error) from None
 
     def stopped(self) -> str | None:
         """Why `train.stop_when` ends the run here, as rank 0 sees it: seconds differ."""

@@ -73,6 +73,15 @@ class Method(PluginConfig):
         """Whether the attempts of a prompt start from one x_T; the noise of later steps is each attempt's own."""
         return False
 
+    @property
+    def selects(self) -> bool:
+        """Whether the loss is a mean over a part of the samples that their rewards choose: `terms` then counts it."""
+        return False
+
+    def terms(self, batch: Rollouts) -> int:
+        """How many terms of a scored micro-batch the loss is a mean over."""
+        raise NotImplementedError
+
     def advantages(self) -> Advantages | None:
         """What turns the rewards of a whole update, over all workers, into `Rollouts.advantages`; a run keeps one for good.
         None: the loss needs none."""
@@ -180,7 +189,7 @@ class TrajectoryMethod(Method):
     """
 
     timestep_fraction: float = Field(1.0, gt=0, le=1)
-    """Of each trajectory's steps, the share to train on; drawn anew for each micro-batch, the same for all its attempts."""
+    """Of each trajectory's steps, the share to train on; drawn anew for each prompt of an update, the same for its attempts."""
     log_prob_reduction: Reduction = "mean"
     """What a step's log-ratio is: divided by the D numbers of a latent, as the published constants assume, or the true sum."""
 
@@ -191,11 +200,15 @@ class TrajectoryMethod(Method):
     def keep(self, steps: int, rng: torch.Generator) -> tuple[int, ...]:
         return tuple(range(steps + 1))
 
-    def steps(self, batch: Rollouts) -> list[int]:
-        """The steps i -> i+1 to train on, ascending."""
+    def steps(self, batch: Rollouts) -> Tensor:
+        """The steps i -> i+1 to train on, ascending for each attempt: (n,B·G)."""
         steps = len(batch.kept) - 1
-        draw = torch.Generator().manual_seed(batch.loss_seeds(shared=True)[0])
-        return sorted(torch.randperm(steps, generator=draw)[: math.ceil(self.timestep_fraction * steps)].tolist())
+
+        def of(seed: int) -> Tensor:
+            order = torch.randperm(steps, generator=torch.Generator().manual_seed(seed))
+            return order[: math.ceil(self.timestep_fraction * steps)].sort().values
+
+        return torch.stack([of(seed) for seed in batch.loss_seeds(shared=True)], 1)
 
     def check(self, run: Run) -> None:
         super().check(run)

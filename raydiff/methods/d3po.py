@@ -16,7 +16,7 @@ from raydiff.config import Run
 from raydiff.core.learner import Metrics
 from raydiff.core.log_prob import log_ratio, transition_log_prob
 from raydiff.core.policy import Policy
-from raydiff.core.preferences import Rule, Which, accuracy, logistic_loss, mean_over, preferred_pairs
+from raydiff.core.preferences import Pairs, Rule, Which, accuracy, logistic_loss, mean_over, preferred_pairs
 from raydiff.core.rollouts import Rollouts
 from raydiff.methods.base import TrajectoryMethod, UsualBeta
 
@@ -83,17 +83,27 @@ class Plugin(TrajectoryMethod):
                     f' being better; set method.preference to "total", or move the reward to evaluate.rewards.{name}'
                 )
 
+    @property
+    def selects(self) -> bool:
+        return True
+
+    def terms(self, batch: Rollouts) -> int:
+        return int(self.compared(batch).decided.sum())
+
+    def compared(self, batch: Rollouts) -> Pairs:
+        assert batch.rewards is not None
+        return preferred_pairs(batch.rewards, self.pairs, self.preference)
+
     def loss(self, policy: Policy, batch: Rollouts) -> tuple[Tensor, Metrics]:
         """One graph over all steps: with gradient checkpointing each adds a few latents to it, not a network's activations."""
-        assert batch.rewards is not None
-        pairs = preferred_pairs(batch.rewards, self.pairs, self.preference)
+        pairs = self.compared(batch)
         rows, place = pairs.rows()
         chosen, prompts = rows.tolist(), batch.flat_prompts()
         predict, steps = policy.predict([prompts[r] for r in chosen]), self.steps(batch)
 
-        def log_prob(i: int) -> Tensor:
+        def log_prob(i: Tensor) -> Tensor:
             x, x_next = batch.at(i)[chosen], batch.at(i + 1)[chosen]
-            return transition_log_prob(predict, policy.schedule, i, x, x_next, policy.eta)
+            return transition_log_prob(predict, policy.schedule, i[chosen], x, x_next, policy.eta)
 
         with torch.no_grad(), policy.model.reference():  # all at once: switching adapters walks the whole network
             reference = [log_prob(i) for i in steps]
@@ -106,10 +116,10 @@ class Plugin(TrajectoryMethod):
         decided = pairs.decided.to(ratio.device)
         inside = self.beta * (winner - loser) * decided  # (steps,P); 0 for a tie
         per_pair = logistic_loss(inside).mean(0)
-        loss = per_pair.mean() if self.ties == "keep" else mean_over(per_pair, decided)
+        loss = per_pair.mean() if self.ties == "keep" else mean_over(per_pair, decided, batch.terms)
         return loss, {
             "implicit_accuracy": accuracy(inside.mean(0), decided),
-            "margin": mean_over(inside.detach().mean(0), decided),
+            "margin": mean_over(inside.detach().mean(0), decided, batch.terms),
             "clipped": (ratio.detach() != clamped.detach()).float().mean(),
             "log_ratio": ratio.detach().mean(),
             "pairs_used": decided.float().mean(),

@@ -63,9 +63,9 @@ class Plugin(TrajectoryMethod):
         predict, steps = policy.predict(batch.flat_prompts()), self.steps(batch)
         size = math.prod(policy.model.latent_shape)
 
-        def log_rho(i: int) -> Tensor:
+        def log_rho(i: Tensor) -> Tensor:
             new = transition_log_prob(predict, policy.schedule, i, batch.at(i), batch.at(i + 1), policy.eta)
-            return log_ratio(new, old[:, i], size, self.log_prob_reduction)
+            return log_ratio(new, old.gather(1, i[:, None].to(old.device))[:, 0], size, self.log_prob_reduction)
 
         old = batch.log_probs.flatten(0, 1)  # (R,S)
         ratio, bound = torch.stack([log_rho(i) for i in steps], 1), self.bound(size)  # (R,steps)

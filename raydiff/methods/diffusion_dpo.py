@@ -15,7 +15,7 @@ from torch import Tensor
 from raydiff.core.denoising import noised
 from raydiff.core.learner import Metrics
 from raydiff.core.policy import Policy
-from raydiff.core.preferences import Which, accuracy, logistic_loss, mean_over, preferred_pairs
+from raydiff.core.preferences import Pairs, Which, accuracy, logistic_loss, mean_over, preferred_pairs
 from raydiff.core.rollouts import Rollouts
 from raydiff.methods.base import PairMethod, UsualBeta
 
@@ -50,11 +50,21 @@ class Plugin(PairMethod):
     def needs_reference(self) -> bool:
         return True
 
+    @property
+    def selects(self) -> bool:
+        return not self.labelled  # a dataset's ties were left out before
+
+    def terms(self, batch: Rollouts) -> int:
+        return int(self.compared(batch).decided.sum())
+
+    def compared(self, batch: Rollouts) -> Pairs:
+        assert batch.rewards is not None
+        return preferred_pairs(batch.rewards, self.pairs, min_margin=self.min_margin)
+
     def loss(self, policy: Policy, batch: Rollouts) -> tuple[Tensor, Metrics]:
         """Step, noise and dropout are one draw a prompt, for both sides of a pair and for policy and reference alike."""
-        assert batch.rewards is not None
         clean, prompts, seeds = batch.at(policy.schedule.steps), batch.flat_prompts(), batch.loss_seeds(shared=True)
-        pairs = preferred_pairs(batch.rewards, self.pairs, min_margin=self.min_margin)
+        pairs = self.compared(batch)
         rows, place = pairs.rows()
         chosen = rows.tolist()
         noisy = noised(policy, clean[chosen], [prompts[r] for r in chosen], [seeds[r] for r in chosen], self.caption_dropout)
@@ -69,11 +79,11 @@ class Plugin(PairMethod):
 
         inside = -0.5 * self.beta * (difference(ours) - difference(reference))
         per_pair = logistic_loss(inside) if self.objective == "dpo" else (inside - 0.5).square()
-        return mean_over(per_pair, pairs.decided), {
+        return mean_over(per_pair, pairs.decided, batch.terms), {
             "implicit_accuracy": accuracy(inside, pairs.decided),
             "policy_error": ours.detach().mean(),
             "reference_error": reference.mean(),  # a policy error that drifts away from it is the alarm
-            "margin": mean_over(inside.detach(), pairs.decided),
+            "margin": mean_over(inside.detach(), pairs.decided, batch.terms),
             "pairs_used": pairs.decided.float().mean(),
             "reward/total": batch.total().mean(),
         }

@@ -17,8 +17,6 @@ from raydiff.core.policy import Policy
 from raydiff.core.rollouts import Rollouts
 from raydiff.methods.draft import Draft, reward_loss, with_drift
 
-_RENOISE = 0x4C56  # keeps these draws apart from the sampler's own
-
 
 class Plugin(Draft):
     kind: Literal["draft_lv"] = "draft_lv"
@@ -38,17 +36,20 @@ class Plugin(Draft):
             clean = self.finish(policy, predict, batch)
         if not self.include_original:
             drift.clear()  # that call had no graph
-        copies = self.renoised(policy, clean.detach(), prompts, seeds, drift)
+        copies = self.renoised(policy, clean.detach(), prompts, batch.loss_seeds(shared=False), drift)
         terms = torch.cat([clean, copies]) if self.include_original else copies
         times = len(terms) // len(prompts)
         total, parts = policy.rewards(terms, prompts * times, seeds * times)
         return reward_loss(total, parts, drift, self.kl)
 
     def renoised(self, policy: Policy, clean: Tensor, prompts: list[str], seeds: list[int], drift: list[Tensor]) -> Tensor:
-        """x0_hat of n fresh noisings of `clean` (B,C,h,w) at the last grid step: (n·B,C,h,w), in one batched call."""
+        """x0_hat of n fresh noisings of `clean` (B,C,h,w) at the last grid step: (n·B,C,h,w), in one batched call.
+
+        `seeds` are of what the loss draws for each image, so that each pass over an update's samples re-noises them anew.
+        """
         last = policy.schedule.steps - 1
         prompts = prompts * self.n
-        fresh = [mix(seed, _RENOISE, k) for k in range(self.n) for seed in seeds]
+        fresh = [mix(seed, k) for k in range(self.n) for seed in seeds]
         x0 = clean.repeat(self.n, 1, 1, 1)
         x = policy.schedule.add_noise(x0, seeded_noise(fresh, clean.shape[1:], clean.device)(-1).to(x0), last)
         predict, more = with_drift(policy, policy.predict(prompts), prompts, self.kl)

@@ -44,4 +44,5 @@ class Plugin(CleanMethod):
         noisy = noised(policy, clean, batch.flat_prompts(), seeds, self.caption_dropout)
         weights = batch.advantages.flatten()
         loss = (weights * noisy.error(policy)).mean()
-        return loss, {"reward/total": batch.total().mean(), "weight/largest": weights.max()}
+        # The mean square of weights of mean 1: N over it is how many samples count, in effect (Kish 1965).
+        return loss, {"reward/total": batch.total().mean(), "weight/square": weights.square().mean()}

@@ -118,11 +118,13 @@ class _Mean(RewardConfig):
 class Backward:
     """An engine that accumulates gradients and moves nothing."""
 
+    loss_scale = None
+
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def step(self) -> None:
-        pass
+        return None
 
 
 def small(run: Run, model: Any, micro: int, **sampler: Any) -> Run:

@@ -15,6 +15,7 @@ from raydiff.core.policy import Policy
 from raydiff.core.reward_vjp import weighted_sum
 from raydiff.core.rollouts import Rollouts
 from raydiff.core.schedule import Schedule
+from raydiff.models.base import ModelConfig
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "set_alpha_to_one": True}
 
@@ -39,6 +40,8 @@ class Model:
     """A LatentModel whose images have 3 channels, each a smooth function of the latent."""
 
     latent_shape = (2, 4, 4)
+    picture_size = 4
+    has_reference = True
     device = torch.device("cpu")
 
     def __init__(self) -> None:
@@ -69,6 +72,17 @@ class Model:
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {"delta": self.denoiser.delta}
+
+
+class Tiny(ModelConfig):
+    """The model of a run whose numbers are compared to more digits than float32 has."""
+
+    kind: str = "tests.core.tiny"
+
+    def build(self, device: torch.device | str = "cpu", **_: Any) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return Model()
 
 
 def smooth_reward(images: Tensor, prompts: Sequence[str]) -> Tensor:

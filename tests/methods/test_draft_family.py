@@ -1,5 +1,7 @@
 """The DRaFT family on a float64 model: identities between the methods, and against gradients taken by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -66,13 +68,13 @@ def test_lv_equals_its_terms_one_by_one() -> None:
     """n batched copies and the original = the mean of n + 1 separate gradients."""
     policy, method = make_policy(), draft_lv.Plugin(n=3)
     batch = rollouts(policy, method)
-    prompts, seeds = batch.flat_prompts(), batch.flat_seeds()
+    prompts = batch.flat_prompts()
     original = method_gradient(policy, draft_k.Plugin(k=1), batch)
     with torch.no_grad():
         clean = method.finish(policy, policy.predict(prompts), batch)
 
     def copy_gradient(k: int) -> Tensor:
-        mine = method.renoised(policy, clean, prompts, seeds, [])[3 * k : 3 * k + 3]
+        mine = method.renoised(policy, clean, prompts, batch.loss_seeds(shared=False), [])[3 * k : 3 * k + 3]
         return gradient(-smooth_reward(policy.model.decode(mine), prompts).mean(), policy)
 
     terms = [original, *(copy_gradient(k) for k in range(3))]
@@ -121,6 +123,34 @@ def test_lv_gradient_stops_at_x0() -> None:
     assert clean.requires_grad
     attached = method.renoised(policy, clean.detach(), prompts, seeds, [])
     assert torch.autograd.grad(attached.sum(), clean, allow_unused=True)[0] is None
+
+
+def test_lv_copies_of_a_second_pass_are_others() -> None:
+    policy, method = make_policy(), draft_lv.Plugin(n=2)
+    batch = rollouts(policy, method)
+    first, second = (method_gradient(policy, method, replace(batch, epoch=epoch)) for epoch in (0, 1))
+    assert not torch.allclose(first, second, rtol=1e-3)
+    assert torch.equal(first, method_gradient(policy, method, batch))
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("k", [1, 2, 5, 6])
+def test_kl_gradient_is_that_of_the_logged_penalty(k: int, checkpointing: bool) -> None:
+    """By finite differences, also where x_t of the later steps moves with the weights; 6 steps are the whole chain."""
+    policy = make_policy(steps=6, checkpointing=checkpointing)
+    method = draft_k.Plugin(k=k, kl=1.0)
+    batch, delta = rollouts(policy, method), policy.model.trained()["delta"]
+    penalty = method.loss(policy, batch)[0] - method.model_copy(update={"kl": 0.0}).loss(policy, batch)[0]
+    analytic = gradient(penalty, policy)
+    for seed in range(3):
+        direction = torch.randn(delta.shape, dtype=delta.dtype, generator=torch.Generator().manual_seed(seed))
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                delta.add_(direction, alpha=sign * 1e-5)
+                ends.append(float(method.loss(policy, batch)[1]["kl"]))
+                delta.add_(direction, alpha=-sign * 1e-5)
+        assert float(analytic @ direction.flatten()) == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-5)
 
 
 @pytest.mark.parametrize(

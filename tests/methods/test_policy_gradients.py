@@ -146,8 +146,9 @@ def test_half_of_the_steps_are_drawn() -> None:
     policy = make()
     batch, method = rollouts(policy), DDPO.model_copy(update={"timestep_fraction": 0.5})
     assert batch.advantages is not None
-    steps = method.steps(batch)
-    chosen = ratios_by_hand(policy, batch)[:, steps]
+    steps = method.steps(batch)  # (2,B·G)
+    assert len({tuple(s) for s in steps.T.tolist()}) > 1  # each prompt has its own
+    chosen = ratios_by_hand(policy, batch).gather(1, steps.T)
     expected = gradient(-(batch.advantages.flatten()[:, None] * chosen).mean(), policy)
     assert torch.allclose(gradient(method.loss(policy, batch)[0], policy), expected, rtol=1e-9)
 

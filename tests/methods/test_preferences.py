@@ -1,7 +1,7 @@
 """Diffusion-DPO and D3PO on a float64 model: their losses and gradients against ones taken by hand."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -211,6 +211,11 @@ def test_training_makes_the_implicit_reward_agree_and_leaves_the_reference(metho
 
 def d3po_by_hand(policy: Policy, batch: Rollouts, method: d3po.Plugin, steps: list[int]) -> Tensor:
     """Eq. 14 with means over the latent and clamped ratios, from the network, diffusers' formulas and torch's Normal."""
+    return d3po_terms_by_hand(policy, batch, method, steps).mean()
+
+
+def d3po_terms_by_hand(policy: Policy, batch: Rollouts, method: d3po.Plugin, steps: Sequence[int]) -> Tensor:
+    """Of each step and pair, (steps,B)."""
     sign, predict = batch.total()[:, 0] - batch.total()[:, 1], policy.predict(batch.flat_prompts())
     terms = []
     for i in steps:
@@ -224,7 +229,7 @@ def d3po_by_hand(policy: Policy, batch: Rollouts, method: d3po.Plugin, steps: li
         rho = torch.exp(ratio[0] - ratio[1].detach()).clamp(1 - method.clip, 1 + method.clip).view(-1, 2)
         inside = method.beta * sign * (rho[:, 0].log() - rho[:, 1].log())
         terms.append(-torch.log(torch.sigmoid(inside)))
-    return torch.stack(terms).mean()
+    return torch.stack(terms)
 
 
 def test_d3po_starts_at_log_2_with_a_gradient() -> None:
@@ -268,13 +273,15 @@ def test_d3po_keeps_ties_as_log_2_if_asked() -> None:
 def test_d3po_trains_on_the_same_random_steps_of_both() -> None:
     policy = make()
     batch, method = labelled(policy), D3PO.model_copy(update={"timestep_fraction": 0.5})
+    terms = d3po_terms_by_hand(policy, batch, method, range(4)).detach()
     drawn = set()
     for epoch in range(12):
         again = replace(batch, epoch=epoch)
-        steps = method.steps(again)
-        assert steps == method.steps(again) and len(steps) == 2
-        drawn |= set(steps)
-        assert value(method, policy, again) == pytest.approx(d3po_by_hand(policy, batch, method, steps).item(), rel=1e-9)
+        steps = method.steps(again)  # (2,B·G), the same for both attempts of a prompt
+        assert torch.equal(steps, method.steps(again)) and torch.equal(steps[:, ::2], steps[:, 1::2]) and len(steps) == 2
+        drawn |= set(steps.flatten().tolist())
+        expected = terms.gather(0, steps[:, ::2]).mean().item()
+        assert value(method, policy, again) == pytest.approx(expected, rel=1e-9)
     assert drawn == {0, 1, 2, 3}
 
 
