@@ -58,6 +58,7 @@ class Tuning(Config):
     passes: int = Field(ge=1)
     """Of the denoiser, an image each; a backward pass counts as two. No candidate has more updates than in the comparison."""
     evaluations: int = Field(8, ge=1)
+    """The least of a run with as many updates, evenly spaced; where the last update falls between, one more follows it."""
 
 
 class Keep(Config):

@@ -12,7 +12,7 @@ from typing import Any
 from raydiff.bench import measure
 from raydiff.bench.curves import Curve
 from raydiff.bench.settings import Settings
-from raydiff.config import Run
+from raydiff.config import ConfigError, Run
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,21 @@ def tune(
 
 
 def affordable(settings: Settings, method: str, candidate: dict[str, Any]) -> Run:
-    """The candidate's run, with as many updates as the tuning budget buys, and no more than in the comparison."""
+    """The candidate's run, with as many updates as the tuning budget buys, and no more than in the comparison.
+
+    Raises ConfigError where it buys none.
+    """
     from raydiff.plan.cost import count
 
     budget = settings.tuning
     calls = count(settings.run(budget.task, method, budget.seed, candidate))[0]
-    updates = min(budget.passes // (calls.unet_forward + 2 * calls.unet_backward), settings.methods[method].updates)
+    passes = calls.unet_forward + 2 * calls.unet_backward
+    updates = min(budget.passes // passes, settings.methods[method].updates)
+    if updates == 0:
+        raise ConfigError(f"tuning.passes = {budget.passes} buys no update of {method}, which takes {passes}; set it to more")
     every = max(1, updates // budget.evaluations)
     return settings.run(
-        budget.task, method, budget.seed,
-        {**candidate, "train.updates": every * budget.evaluations, "evaluate.every": every},
+        budget.task, method, budget.seed, {**candidate, "train.updates": updates, "evaluate.every": every}
     )  # fmt: skip
 
 

@@ -12,8 +12,10 @@ from raydiff.bench import report, settings
 from raydiff.bench.compare import compare, jobs
 from raydiff.bench.measure import Job, work
 from raydiff.bench.settings import Settings
-from raydiff.bench.tune import tune
+from raydiff.bench.tune import affordable, tune
 from raydiff.config import ConfigError, Run
+from raydiff.plan.cost import count
+from raydiff.watch import due
 
 METHODS: dict[str, Any] = {
     "draft_lv": {"method": {"kind": "draft_lv"}, "updates": 6, "every": 1},
@@ -36,7 +38,7 @@ def tiny_settings(tiny_run: Callable[..., Run]) -> Settings:
             "alignment": ["green"],
             "keep": {"reward": "green", "least": -1},
             "gradient_norm": {"ks": [1, 2], "steps": 4, "prompts": 3},
-            "tuning": {"task": "blue", "seed": 9, "passes": 40, "evaluations": 2},
+            "tuning": {"task": "blue", "seed": 9, "passes": 120, "evaluations": 2},
             "quick": {"share": 0.5, "seeds": 1},
         }
     )
@@ -139,6 +141,58 @@ def test_tuning_gives_each_candidate_the_same_passes(tiny_settings: Settings, tm
     assert {t.updates for t in trials} == {trials[0].updates}
     assert sorted(trials, key=lambda t: t.rank) == trials
     assert len(json.loads((tmp_path / "tuning.json").read_text())) == 2
+
+
+# Denoiser calls of a picture at 10 steps and (forward, backward) passes of training on it; 8 prompts have 4 attempts each.
+PASSES = {
+    "draft": lambda batch: batch * (10 + 2 * 10),
+    "draft_k": lambda batch: batch * (10 + 2 * 1),
+    "draft_lv": lambda batch: batch * (10 + 2 + 2 * 3),  # the last step and two re-noised copies
+    "diffusion_dpo": lambda batch: batch * (4 * 10 + 2 + 2 + 2 * 2),  # a pair, which the reference sees too
+    "d3po": lambda batch: batch * (4 * 10 + 2 * 5 + 2 * 5 + 2 * 2 * 5),  # at half of the steps
+    "ddpo": lambda batch: batch * (4 * 10 + 4 * 5 + 2 * 4 * 5),
+    "rwr": lambda batch: batch * (4 * 10 + 4 + 2 * 4),
+}
+
+
+def test_tuning_spends_its_budget() -> None:
+    """Within an update of it, for every candidate of every method; fewer only where the comparison has no more updates."""
+    own = settings.load()
+    budget = own.tuning
+    for method, contender in own.methods.items():
+        for candidate in contender.candidates:
+            run = affordable(own, method, candidate)
+            batch, updates = candidate["batch.size"], run.train.updates
+            last = candidate.get("method.last_steps")  # ReFL stops at one of these, drawn: the mean, to a pass a picture
+            each = PASSES[method](batch) if last is None else batch * (10 - (last - 1) / 2 + 2)
+            slack = batch if last else 0
+            assert updates * (each - slack) <= budget.passes
+            assert updates == contender.updates or budget.passes < (updates + 1) * (each + slack), (method, candidate)
+            evaluated = len([done for done in range(1, updates + 1) if due(run, done)])
+            assert budget.evaluations <= evaluated <= 2 * budget.evaluations, (method, candidate)
+
+
+@pytest.mark.parametrize("method", ["draft_lv", "refl", "diffusion_dpo", "d3po", "ddpo", "rwr"])
+def test_a_trial_spends_what_was_promised(tiny_settings: Settings, tmp_path: Path, method: str) -> None:
+    """Passes that were counted while the trial was trained, for a budget of three updates and a half."""
+    kind = {"kind": method, **{"draft_lv": {}, "refl": {"last_steps": 3}}.get(method, {"attempts": 2})}
+    contender = tiny_settings.methods["draft_lv"].model_copy(update={"method": kind, "updates": 20})
+    base = {**tiny_settings.base, "sampler": {"steps": 4, "eta": 1.0, "guidance": 1.0, "final_alpha": None}}
+    own = tiny_settings.model_copy(update={"methods": {method: contender}, "base": base})
+    calls = count(own.run("blue", method, 9))[0]
+    passes = round(3.5 * (calls.unet_forward + 2 * calls.unet_backward))
+    own = own.model_copy(update={"tuning": own.tuning.model_copy(update={"passes": passes, "evaluations": 1})})
+    work(Job(affordable(own, method, TRIED[0]), tmp_path / "trial.json"))
+    last = json.loads((tmp_path / "trial.json").read_text())["evaluations"][-1]
+    spent = last["unet_forward"] + 2 * last["unet_backward"]
+    assert last["step"] == 3
+    assert passes * 3 / 4 < spent <= passes
+
+
+def test_a_budget_without_an_update_is_refused(tiny_settings: Settings) -> None:
+    poor = tiny_settings.model_copy(update={"tuning": tiny_settings.tuning.model_copy(update={"passes": 5})})
+    with pytest.raises(ConfigError, match=r"tuning\.passes = 5 buys no update of draft_lv, which takes \d+; set it to more"):
+        affordable(poor, "draft_lv", TRIED[0])
 
 
 def test_own_settings_are_fair() -> None:
