@@ -472,9 +472,9 @@ def _draw(
 
     from raydiff import generate as drawing
 
-    drawing.check(adapters, sampler)
-    pipe = drawing.pipeline(model, adapters, _device(device))
-    drawn = drawing.samples(pipe, prompts, seeds, sampler, batch)
+    drawing.check(adapters)
+    loaded = drawing.load(model, adapters, _device(device))
+    drawn = drawing.samples(loaded, prompts, seeds, sampler, batch)
     pictures, name = len(prompts) * len(seeds), model.name
     grid = drawing.write(_progress(drawn, pictures, "pictures"), to, model=name, sampler=sampler, adapters=adapters)
     typer.echo(f"{pictures} pictures, images.json and {grid}")

@@ -284,9 +284,8 @@ class Train(Config):
     """Seconds that workers wait for each other before all are started again: a hung one does not hold the run for ever. Longer
     than the longest checkpoint takes rank 0."""
     zero_gradient: Literal["refuse", "accept"] = "refuse"
-    """What to do with an update whose whole gradient is exactly 0 though its samples differ: end the run, as numbers too small for
-    `model.dtype` and rewards that depend on nothing look like that; or go on, where every pair is beyond the clip or a reward is
-    at its limit."""
+    """What to do with an update whose whole gradient is exactly 0 though its samples differ: end the run, as numbers too small
+    for `model.dtype` and rewards that depend on nothing look like that; or go on, as where every pair is beyond the clip."""
     gradient_checkpointing: bool = True
     """Recompute activations step by step in the backward pass: memory flat in K for about a third more compute."""
 

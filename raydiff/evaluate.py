@@ -200,13 +200,13 @@ class Judge:
         self, adapters: Sequence[Adapter], pairs: Sequence[tuple[str, int]], progress: Progress, name: str
     ) -> list[Picture]:
         """One side's pictures, scored a batch at a time."""
-        pipe = generate.pipeline(self.run.model, adapters, self.device)
+        model = generate.load(self.run.model, adapters, self.device)
         batch = self.run.evaluate.batch
-        drawn = iter(progress(generate.of_pairs(pipe, pairs, self.run.sampler, batch), len(pairs), name))
+        drawn = iter(progress(generate.of_pairs(model, pairs, self.run.sampler, batch), len(pairs), name))
         scored: list[Picture] = []
         while part := list(islice(drawn, batch)):
             scored += self.scored(part, len(scored))
-        del pipe
+        del model
         gc.collect()  # before the other side's is loaded
         return scored
 

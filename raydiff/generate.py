@@ -1,7 +1,7 @@
-"""Pictures of a model, with any mixture of adapters, through diffusers' own pipeline: what a user of the adapter will see.
+"""Pictures of a model, with any mixture of adapters, by the sampler that trains: what an evaluation during training draws.
 
-A seed gives, bit for bit, the picture of the plain pipeline called with the same batch, scheduler settings and
-`torch.Generator().manual_seed(seed)`. Legend: P prompts, N seeds.
+A picture of (weights, prompt, seed, sampler) is one picture, whoever draws it. Where diffusers can walk the same grid, it is
+that of the plain pipeline called with `torch.Generator().manual_seed(seed)`. Legend: P prompts, N seeds.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from raydiff import __version__, pictures
+from raydiff import __version__, pictures, sampling
 from raydiff.config import Sampler
+from raydiff.core.policy import LatentModel
 from raydiff.models import lora
 from raydiff.models.base import ModelConfig
-from raydiff.models.stable_diffusion import load_pipeline
+from raydiff.models.stable_diffusion import is_whole
 
 COLUMNS = 8  # of the grid, when there is one prompt or one seed
 _OF_A_MODEL = {".safetensors", ".json", ".txt"}  # weights, configs, vocabulary
@@ -51,7 +52,7 @@ class Adapter:
 
     @property
     def whole(self) -> bool:
-        return not (Path(self.folder) / lora.WEIGHTS).exists() and (Path(self.folder) / "unet" / "config.json").exists()
+        return is_whole(self.folder)
 
     def digest(self) -> str:
         """SHA-256 of its weights."""
@@ -67,10 +68,8 @@ class Sample:
     image: Any  # PIL
 
 
-def check(adapters: Sequence[Adapter], sampler: Sampler | None = None) -> None:
-    """Raise, before a model is loaded, for an adapter that is not there and for a mixture or a sampler that makes no sense."""
-    if sampler is not None and sampler.guidance < 1:
-        raise ValueError(f"guidance = {sampler.guidance} is below 1, where diffusers ignores it; 1 turns guidance off")
+def check(adapters: Sequence[Adapter]) -> None:
+    """Raise, before a model is loaded, for an adapter that is not there and for a mixture that makes no sense."""
     for adapter in adapters:
         if not adapter.whole:
             lora.weights_file(adapter.folder)
@@ -78,53 +77,30 @@ def check(adapters: Sequence[Adapter], sampler: Sampler | None = None) -> None:
             raise ValueError(f"{adapter.folder!r} holds a whole fine-tuned unet: give it alone and at weight 1; only LoRAs mix")
 
 
-def pipeline(model: ModelConfig, adapters: Sequence[Adapter] = (), device: torch.device | str = "cpu") -> Any:
-    """The model's diffusers pipeline with its adapters. Raises ValueError for an adapter of another base model."""
+def load(model: ModelConfig, adapters: Sequence[Adapter] = (), device: torch.device | str = "cpu") -> LatentModel:
+    """The model with its adapters. Raises ValueError for an adapter of another base model."""
     check(adapters)
-    model.preflight()
-    pipe = load_pipeline(model, device)  # type: ignore[arg-type]
-    if any(adapter.whole for adapter in adapters):
-        (adapter,) = adapters
-        tuned = type(pipe.unet).from_pretrained(adapter.folder, subfolder="unet", use_safetensors=True, dtype=pipe.unet.dtype)
-        pipe.register_modules(unet=tuned.requires_grad_(False).eval().to(device))
-    else:
-        lora.attach(pipe.unet, [(adapter.folder, adapter.weight) for adapter in adapters])
-    return pipe
+    return model.load(device, [(adapter.folder, adapter.weight) for adapter in adapters])
 
 
-def scheduler(config: Any, sampler: Sampler) -> Any:
-    """DDIM on the pipeline's betas, with the run's spacing and final alpha."""
-    from diffusers import DDIMScheduler
-
-    spacing = {"timestep_spacing": sampler.spacing} if sampler.spacing else {}
-    ddim = DDIMScheduler.from_config(config, clip_sample=False, thresholding=False, **spacing)
-    if sampler.final_alpha is not None:
-        ddim.final_alpha_cumprod = torch.tensor(sampler.final_alpha)
-    return ddim
-
-
-def samples(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], sampler: Sampler, batch: int = 8) -> Iterator[Sample]:
+def samples(
+    model: LatentModel, prompts: Sequence[str], seeds: Sequence[int], sampler: Sampler, batch: int = 8
+) -> Iterator[Sample]:
     """Every prompt with every seed, P·N pictures."""
-    return of_pairs(pipe, [(prompt, seed) for prompt in prompts for seed in seeds], sampler, batch)
+    return of_pairs(model, [(prompt, seed) for prompt in prompts for seed in seeds], sampler, batch)
 
 
-def of_pairs(pipe: Any, pairs: Sequence[tuple[str, int]], sampler: Sampler, batch: int = 8) -> Iterator[Sample]:
-    """A picture for each (prompt, seed). The pipeline gets the sampler's scheduler.
+@torch.no_grad()
+def of_pairs(model: LatentModel, pairs: Sequence[tuple[str, int]], sampler: Sampler, batch: int = 8) -> Iterator[Sample]:
+    """A picture for each (prompt, seed).
 
     The kernels of another batch size may round a last bit differently; at batch 1 a picture depends on nothing else.
     """
-    check((), sampler)
-    pipe.scheduler = scheduler(pipe.scheduler.config, sampler)
+    policy = sampling.policy(model, sampler)
     for start in range(0, len(pairs), batch):
-        part = pairs[start : start + batch]
-        images = pipe(
-            [prompt for prompt, _ in part],
-            num_inference_steps=sampler.steps,
-            guidance_scale=sampler.guidance,
-            eta=sampler.eta,
-            generator=[torch.Generator().manual_seed(seed) for _, seed in part],
-        ).images
-        yield from (Sample(prompt, seed, image) for (prompt, seed), image in zip(part, images, strict=True))
+        prompts, seeds = zip(*pairs[start : start + batch], strict=True)
+        images = pictures.to_bytes(model.decode(policy.sample(prompts, seeds)[0]))
+        yield from (Sample(p, seed, pictures.to_pil(image)) for p, seed, image in zip(prompts, seeds, images, strict=True))
 
 
 def write(
@@ -178,8 +154,8 @@ def model_digest(model: ModelConfig) -> str | None:
 
     Adapters that are merged into it are in its name.
     """
-    folder = Path(getattr(model, "folder", str)())
-    return _digest(folder) if (folder / "model_index.json").is_file() else None
+    folder = model.folder()
+    return _digest(Path(folder)) if folder and (Path(folder) / "model_index.json").is_file() else None
 
 
 def _digest(folder: Path) -> str:

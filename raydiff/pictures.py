@@ -16,11 +16,23 @@ CELL = 128  # a picture is enlarged by whole factors to about this many pixels
 _INK, _PAPER = (40, 40, 40), (255, 255, 255)
 
 
+def to_bytes(images: Tensor) -> Tensor:
+    """(B,3,H,W) in [0,1] -> (B,3,H,W) uint8 on the CPU, to the nearest level."""
+    return (images * 255).round().byte().cpu()
+
+
+def to_pil(pixels: Tensor) -> Any:
+    """(3,H,W) uint8 -> PIL image."""
+    from PIL import Image
+
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
 def image(pixels: Tensor) -> Any:
     """(3,H,W) uint8 -> PIL image, enlarged by a whole factor to about CELL pixels: small models' pixels stay visible."""
     from PIL import Image
 
-    picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    picture = to_pil(pixels)
     factor = max(1, CELL // max(picture.size))
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 

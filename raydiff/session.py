@@ -15,18 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from raydiff import sampling
 from raydiff.config import Geometry, Run, geometry
 from raydiff.core import guard
 from raydiff.core.denoise import mix
 from raydiff.core.guard import Probe
 from raydiff.core.learner import Ema, Engine, LossScale, learning_rate_factor, swapped, update
 from raydiff.core.log_prob import gaussian_log_prob
-from raydiff.core.policy import Calls, Policy, checked
+from raydiff.core.policy import Calls, checked
 from raydiff.core.reward_vjp import Score, weighted_sum
 from raydiff.core.rollouts import Rollouts
 from raydiff.data.latents import Latents, prepare
 from raydiff.data.prompts import read_both, slots, tickets
 from raydiff.data.verdicts import Verdicts
+from raydiff.pictures import to_bytes
 
 
 @dataclass(frozen=True)
@@ -102,15 +104,8 @@ class Session:
         self.method = run.method
         self.advantages = run.method.advantages()
         sampler, scores = run.sampler, self.scores or Scores.here(run, self.device)
-        self.policy = Policy(
-            model=self.model,
-            denoiser=self.model.denoiser,
-            schedule=self.model.schedule(sampler.steps, sampler.spacing, sampler.final_alpha),
-            score=scores.training,
-            guidance=sampler.guidance,
-            eta=sampler.eta,
-            detach_negative=sampler.detach_negative,
-            gradient_checkpointing=run.train.gradient_checkpointing,
+        self.policy = sampling.policy(
+            self.model, sampler, scores.training, gradient_checkpointing=run.train.gradient_checkpointing
         )
         self.method.check_grid(self.policy.schedule, sampler.eta)
         self.judge = replace(self.policy, score=scores.evaluation, calls=Calls())  # which is not training's cost
@@ -224,8 +219,8 @@ class Session:
     def counted(self, batches: list[Rollouts]) -> list[Rollouts]:
         """The micro-batches with the mean count of terms of one, over its optimiser step and all workers.
 
-        What is averaged over a part of the samples, as the pairs that are no ties, then has one denominator, however the batch is
-        split.
+        What is averaged over a part of the samples, as the pairs that are no ties, then has one denominator, however the batch
+        is split.
         """
         counts = self.gather([self._terms(b) for b in batches])  # by worker, each its micro-batches
         size = self.geometry.step_accumulation
@@ -291,7 +286,7 @@ class Session:
             images = self.model.decode(latents)
             total, parts = checked(self.judge.score, images, prompts, seeds)
             rewards = {"total": total, **parts}
-            pixels = (images * 255).round().byte().cpu()
+            pixels = to_bytes(images)
             embeddings = self.embed(images).cpu() if self.embed else [None] * len(index)
             pictures += [
                 Picture(i, prompts[r], seeds[r], _row(rewards, r), pixels[r], moved.get(i, {}), embeddings[r])

@@ -69,8 +69,8 @@ def require_learning(rows: Sequence[Row]) -> None:
     updates = [row for row in rows if row["step"] > 0]
     if updates and all(row.get("grad_norm") == 0 for row in updates):
         raise FloatingPointError(
-            f"after update {updates[-1]['step']:g} no gradient has been other than 0: the rewards, or labels, tell no sample from"
-            " another, so that all pairs are ties and all advantages 0; look at the rewards, or raise method.attempts"
+            f"after update {updates[-1]['step']:g} no gradient has been other than 0: the rewards, or labels, tell no sample"
+            " from another, so that all pairs are ties and all advantages 0; look at the rewards, or raise method.attempts"
         )
 
 

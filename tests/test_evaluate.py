@@ -60,8 +60,8 @@ def test_a_better_adapter_wins_as_often_as_a_hand_count_says(run: Run, better: P
 
     def blue(adapters: list[Adapter], picture: Picture) -> float:
         """By numpy from a single picture: the frame is 2 of 16 pixels wide."""
-        pipe = generate.pipeline(run.model, adapters)
-        (sample,) = generate.samples(pipe, [picture.prompt], [picture.seed], run.sampler)
+        model = generate.load(run.model, adapters)
+        (sample,) = generate.samples(model, [picture.prompt], [picture.seed], run.sampler)
         pixels = np.asarray(sample.image, np.float64) / 255
         frame = np.ones((16, 16), bool)
         frame[2:-2, 2:-2] = False
@@ -211,7 +211,7 @@ def test_what_the_command_leaves(call: Call, run: Run, better: Path, tmp_path: P
     # The grid, drawn again from the JSON's numbers and from pictures of `generate`.
     def row(side: str, adapters: list[Adapter]) -> list[Picture]:
         pairs = [(p["prompt"], p["seed"]) for p in result["pictures"]]
-        drawn = list(generate.of_pairs(generate.pipeline(run.model, adapters), pairs, run.sampler, batch=4))
+        drawn = list(generate.of_pairs(generate.load(run.model, adapters), pairs, run.sampler, batch=4))
         return [
             Picture(i, s.prompt, s.seed, result["pictures"][i][side], generate.pixels(s.image)) for i, s in enumerate(drawn)
         ]

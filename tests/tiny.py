@@ -12,10 +12,10 @@ POSITIONS = 16
 IMAGE = 16  # pixels; the latent is half of it, so nothing here is 64 latents or a factor of 8
 
 
-def make_pipeline(folder: str | Path, *, seed: int = 0, width: int = 16) -> Path:
+def make_pipeline(folder: str | Path, *, seed: int = 0, width: int = 16, size: int = IMAGE) -> Path:
     """Write a StableDiffusionPipeline of random weights: 8×8 latents, 16×16 pictures, a letter tokenizer of 16 positions.
 
-    `width` is the UNet's first channel count; two folders of different widths are two base models.
+    `width` is the UNet's first channel count; two folders of different widths are two base models. `size` is that of pictures.
     """
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -32,12 +32,12 @@ def make_pipeline(folder: str | Path, *, seed: int = 0, width: int = 16) -> Path
             )
         )  # fmt: skip
         vae = AutoencoderKL(
-            block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=IMAGE,
+            block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=size,
             down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
             mid_block_add_attention=False, scaling_factor=0.5,
         )  # fmt: skip
         unet = UNet2DConditionModel(
-            sample_size=IMAGE // 2, block_out_channels=(width, 2 * width), layers_per_block=1, norm_num_groups=4,
+            sample_size=size // 2, block_out_channels=(width, 2 * width), layers_per_block=1, norm_num_groups=4,
             cross_attention_dim=16, attention_head_dim=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         )  # fmt: skip

@@ -136,8 +136,8 @@ def advance(scheduler: LambdaLR) -> None:
 
 def _not_finite(norm: str) -> str:
     return (
-        f"the gradient's norm is {norm}, though the loss is finite: the step is refused. A reward, or a layer, has no gradient at"
-        " some picture, as a square root has none at 0"
+        f"the gradient's norm is {norm}, though the loss is finite: the step is refused. A reward, or a layer, has no gradient"
+        " at some picture, as a square root has none at 0"
     )
 
 
@@ -170,8 +170,8 @@ def update(
     vanished = decided and norms and max(norms) == 0
     if vanished and not (engine.loss_scale and engine.loss_scale.vanished()) and zero_gradient == "refuse":
         raise FloatingPointError(
-            "the gradient of the whole update is exactly 0, so that nothing is learned from it: the rewards do not depend on the"
-            " pictures, all their weights are 0, or the gradient is too small for model.dtype; mend that, or set"
+            "the gradient of the whole update is exactly 0, so that nothing is learned from it: the rewards do not depend on"
+            " the pictures, all their weights are 0, or the gradient is too small for model.dtype; mend that, or set"
             ' train.zero_gradient to "accept"'
         )
     return averages(history) | of_steps(norms, engine.loss_scale)

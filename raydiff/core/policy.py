@@ -97,8 +97,8 @@ class Policy:
         self, prompts: Sequence[str], *, guidance: float | None = None, once: bool = False, reference: bool = False
     ) -> Predict:
         """Predict under B prompts, guided as the run says or as given: counted, and recomputed in the backward pass if the run
-        says so. `once` promises a single call with gradient, where recomputation would save nothing. `reference`: by the weights
-        from before training, wherever it is called and recomputed."""
+        says so. `once` promises a single call with gradient, where recomputation would save nothing. `reference`: by the
+        weights from before training, wherever it is called and recomputed."""
         guidance = self.guidance if guidance is None else guidance
         predict = self.model.predict(self.denoiser, prompts, guidance, self.detach_negative)
         passes = 1 if guidance == 1 else 2

@@ -45,7 +45,7 @@ class Rollouts:
         return len(self.prompts)
 
     def at(self, point: int | Tensor) -> Tensor:
-        """Latents of grid point `point`, one row per attempt: (B·G,C,h,w). A tensor (B·G,) gives each row a point of its own."""
+        """Latents of grid point `point`, one row per attempt: (B·G,C,h,w). A tensor (B·G,) has a point for each row."""
         latents = self.latents.flatten(0, 1)
         if isinstance(point, int):
             return latents[:, self.kept.index(point)]

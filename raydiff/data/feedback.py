@@ -25,6 +25,7 @@ from raydiff.core.preferences import Pairs, Rule, Which, preferred_pairs
 from raydiff.data import pieces, preferences
 from raydiff.data.pieces import BadRow, PairsError, Part, Summary
 from raydiff.data.prompts import read_both
+from raydiff.pictures import to_bytes, to_pil
 
 REWARD = "reward_"  # before a reward's name in a column of scored pictures
 _TIE = "tie"
@@ -254,8 +255,6 @@ def to_label(run: Run, to: str | Path, *, device: torch.device | str = "cpu") ->
 
     They are the run's own samples, by its seeds. Raises ValueError for a method that takes no labels, else as `pieces.write`.
     """
-    from PIL import Image
-
     from raydiff.session import Session
 
     if not run.method.judged:
@@ -266,8 +265,8 @@ def to_label(run: Run, to: str | Path, *, device: torch.device | str = "cpu") ->
     @torch.no_grad()
     def make(start: int, stop: int) -> Iterator[Part]:
         drawn = session.sample(0, start // micro)
-        pixels = (session.model.decode(drawn.at(steps)) * 255).round().byte().cpu().permute(0, 2, 3, 1).numpy()
-        files, seeds = [_png(Image.fromarray(p)) for p in pixels], drawn.flat_seeds()
+        images = to_bytes(session.model.decode(drawn.at(steps)))
+        files, seeds = [_png(to_pil(image)) for image in images], drawn.flat_seeds()
         firsts = range(0, len(files), attempts)
         rows = [(b + i, b + j) for b in firsts for i, j in combinations(range(attempts), 2)]
         model = run.model.name
@@ -295,10 +294,10 @@ class _Artist:
     device: torch.device | str
 
     @cached_property
-    def pipe(self) -> Any:
+    def model(self) -> Any:
         from raydiff import generate as drawing
 
-        return drawing.pipeline(self.run.model, self.adapters, self.device)
+        return drawing.load(self.run.model, self.adapters, self.device)
 
     @cached_property
     def score(self) -> Any:
@@ -327,7 +326,7 @@ class _Artist:
         from raydiff import generate as drawing
 
         size, flat = len(self.seeds), [prompt for prompt in prompts for _ in self.seeds]
-        drawn = list(drawing.samples(self.pipe, prompts, self.seeds, self.run.sampler, self.run.evaluate.batch))
+        drawn = list(drawing.samples(self.model, prompts, self.seeds, self.run.sampler, self.run.evaluate.batch))
         images = torch.from_numpy(np.stack([np.array(s.image.convert("RGB")) for s in drawn])).permute(0, 3, 1, 2)
         total, parts = checked(self.score, images.to(self.device).float() / 255, flat, [s.seed for s in drawn])
         rewards = {name: r.float().cpu().view(-1, size) for name, r in {"total": total, **parts}.items()}

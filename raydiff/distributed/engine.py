@@ -37,7 +37,8 @@ def deepspeed_config(run: Run, workers: int, *, persistence_threshold: int | Non
         "train_batch_size": batch.size // batch.minibatches,
         "train_micro_batch_size_per_gpu": batch.micro,
         "gradient_accumulation_steps": batch.step_accumulation,
-        "gradient_clipping": run.optimizer.max_grad_norm,
+        # Without ZeRO the engine below clips: DeepSpeed's clipping cannot skip a step.
+        "gradient_clipping": run.optimizer.max_grad_norm if run.train.zero_stage else 0.0,
         "steps_per_print": 2**31,
         "zero_optimization": zero,
     }
@@ -79,7 +80,7 @@ class ZeroEngine:
             self.deepspeed.step()
             return None
         if self.stage == 0:
-            norm = self._unscaled()
+            norm = self._clipped()
             taken = after_gradient(norm, self.loss_scale)
             if not taken:
                 for p in self.trained.values():
@@ -93,12 +94,12 @@ class ZeroEngine:
             return math.inf
         return norm
 
-    def _unscaled(self) -> float:
-        """The norm of the gradients, which are divided by the loss scale."""
-        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
+    def _clipped(self) -> float:
+        """The norm of the gradients, which are divided by the loss scale and then clipped."""
+        parameters = [p for p in self.trained.values() if p.grad is not None]
         if self.loss_scale:
-            torch._foreach_div_(gradients, self.loss_scale.scale)
-        return float(torch.stack([g.norm() for g in gradients]).norm())
+            torch._foreach_div_([p.grad for p in parameters], self.loss_scale.scale)
+        return float(torch.nn.utils.clip_grad_norm_(parameters, self.session.run.optimizer.max_grad_norm))
 
     @property
     def lr(self) -> float:
@@ -131,8 +132,8 @@ class ZeroEngine:
             self._scatter(before)
 
     def restore(self, moments: Mapping[str, Mapping[str, Tensor]], updates: int) -> None:
-        """Put back Adam's moments {"exp_avg": {name: tensor}, ...} and the count of updates done, after the session's own state.
-        Collective."""
+        """Put back Adam's moments {"exp_avg": {name: tensor}, ...} and the count of updates done. The session's own state must
+        be there before. Collective."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         steps = updates * self.session.geometry.optimizer_steps

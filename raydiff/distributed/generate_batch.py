@@ -66,7 +66,7 @@ def generate(
     call is gone on with by the same call. Raises ConfigError, ValueError or OSError before anything starts when something is
     missing, and BatchError.
     """
-    drawing.check(adapters, sampler)
+    drawing.check(adapters)
     model.preflight()
     png = not to.rstrip("/").endswith(".parquet")
     output = Output(Folder(to).uri, HIDDEN if png else "", ".jsonl" if png else ".parquet")
@@ -109,7 +109,7 @@ class Generator(Worker):
         import pyarrow.parquet as pq
 
         self.output, self.recipe, self.per_file = output, recipe, per_file
-        self.pipe = drawing.pipeline(recipe.model, recipe.adapters, device)
+        self.model = drawing.load(recipe.model, recipe.adapters, device)
         folder = output.folder
         self.prompts = pq.ParquetFile(folder.fs.open_input_file(f"{folder.root}/{PROMPTS}"))
         self.threads = ThreadPoolExecutor(_THREADS)
@@ -123,7 +123,7 @@ class Generator(Worker):
         bad = [BadRow(PROMPTS, start + i, reason) for i, reason in enumerate(reasons) if reason]
         used = [(start + i, prompt) for i, (prompt, reason) in enumerate(zip(rows, reasons, strict=True)) if not reason]
         recipe = self.recipe
-        drawn = drawing.samples(self.pipe, [p or "" for _, p in used], recipe.seeds, recipe.sampler, recipe.batch)
+        drawn = drawing.samples(self.model, [p or "" for _, p in used], recipe.seeds, recipe.sampler, recipe.batch)
         numbers = [row * len(recipe.seeds) + s for row, _ in used for s in range(len(recipe.seeds))]
         return self.file(zip(numbers, drawn, strict=True)), bad
 

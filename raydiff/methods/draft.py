@@ -49,8 +49,8 @@ class Plugin(Draft):
 def with_drift(policy: Policy, predict: Predict, prompts: list[str], kl: float) -> tuple[Predict, list[Tensor]]:
     """Wrap `predict` so that each call appends mean squared (policy - reference) output of each image, (B,), to the list.
 
-    The list stays empty at kl = 0. NeMo's DRaFT+: the squared error of guided outputs at the same x_t. The reference's weights are
-    frozen, but its x_t is the policy's: from the second step with gradient on, the penalty's gradient flows through both.
+    The list stays empty at kl = 0. NeMo's DRaFT+: the squared error of guided outputs at the same x_t. The reference's weights
+    are frozen, but its x_t is the policy's: from the second step with gradient on, the penalty's gradient flows through both.
     """
     drift: list[Tensor] = []
     if not kl:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -44,5 +45,17 @@ class ModelConfig(PluginConfig):
 
         `seed` fixes the adapter's start; `reference` says that a loss will call reference(); `checkpointing` recomputes the
         decoder's activations in the backward pass. (The denoiser's are the policy's business.)
+        """
+        raise NotImplementedError
+
+    def folder(self) -> str | None:
+        """The folder that its files lie in, where it is one of this machine."""
+        return None
+
+    def load(self, device: torch.device | str = "cpu", adapters: Sequence[tuple[str, float]] = ()) -> LatentModel:
+        """The model to draw with, nothing of it trained: base + Σ λ_j·ΔW_j of exported adapters [(folder, λ_j), ...]; or the
+        weights of full fine-tuning, whose folder then comes alone.
+
+        Raises ValueError for an adapter of another base model, FileNotFoundError when there is none.
         """
         raise NotImplementedError

@@ -90,6 +90,16 @@ class Plugin(ModelConfig):
         frozen = copy.deepcopy(pipe.unet).requires_grad_(False) if reference and self.train == "full" else None
         return StableDiffusion(pipe, trained, frozen)
 
+    def load(self, device: torch.device | str = "cpu", adapters: Sequence[tuple[str, float]] = ()) -> StableDiffusion:
+        self.preflight()
+        model = StableDiffusion(load_pipeline(self, device), {})
+        if any(is_whole(folder) for folder, _ in adapters):
+            ((folder, _),) = adapters
+            model.load(folder)
+        else:
+            lora.attach(model.denoiser, adapters)
+        return model
+
     def skeleton(self, folder: Path, *, reference: bool = False, checkpointing: bool = True) -> Skeleton:
         """The model on the meta device, from the config files of a pipeline folder: shapes without weights."""
         from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -111,6 +121,11 @@ class Plugin(ModelConfig):
             return Skeleton(pipe, lora.add(unet, self.lora, 0))
         frozen = copy.deepcopy(unet) if reference else None
         return Skeleton(pipe, dict(unet.requires_grad_(True).named_parameters()), frozen)
+
+
+def is_whole(folder: str | Path) -> bool:
+    """Whether an exported folder holds a whole fine-tuned denoiser, and no adapter."""
+    return not (Path(folder) / lora.WEIGHTS).exists() and (Path(folder) / "unet" / "config.json").exists()
 
 
 def load_pipeline(config: Plugin, device: torch.device | str = "cpu") -> Any:

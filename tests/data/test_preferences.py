@@ -306,8 +306,8 @@ def test_ai_feedback_draws_scores_and_pairs(tiny_run: Callable[..., Run], tmp_pa
         ours = reward(pixels, [pair.prompt] * 2)
         assert ours.tolist() == pytest.approx([row["score_0"], row["score_1"]], abs=1e-6)
         assert row["label"] == float(ours[0] > ours[1]) and {row["seed_0"], row["seed_1"]} < {7, 8, 9}
-    pipe = generate.pipeline(run.model)
-    again = next(generate.samples(pipe, [rows[0]["prompt"]], [rows[0]["seed_0"]], run.sampler)).image
+    model = generate.load(run.model)
+    again = next(generate.samples(model, [rows[0]["prompt"]], [rows[0]["seed_0"]], run.sampler)).image
     assert np.abs(np.asarray(again, int) - np.asarray(usable(tmp_path / "pairs")[0].images[0], int)).max() <= 1
     assert feedback.from_rewards(run, tmp_path / "pairs", Labelling("all"), n=3, seed=7, prompts_per_file=2).made == 0
     with pytest.raises(ValueError, match="one picture of a prompt makes no pair"):

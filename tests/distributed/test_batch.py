@@ -91,8 +91,8 @@ def test_any_pool_draws_the_same_rows_and_they_are_those_of_this_process(
     assert list(times(drawn)) == list(times(tmp_path / "three.parquet")) == names
     assert [(tmp_path / "three.parquet" / n).read_bytes() for n in names] == [(drawn / n).read_bytes() for n in names]
 
-    pipe = drawing.pipeline(Plugin(path=str(tiny_pipeline)), [adapter])
-    here = list(drawing.samples(pipe, PROMPTS, SEEDS, SAMPLER, 4))
+    model = drawing.load(Plugin(path=str(tiny_pipeline)), [adapter])
+    here = list(drawing.samples(model, PROMPTS, SEEDS, SAMPLER, 4))
     assert one["prompt"].to_pylist() == [s.prompt for s in here]
     assert one["seed"].to_pylist() == [s.seed for s in here]
     assert all((pixels(a) == np.asarray(s.image)).all() for a, s in zip(one["image"].to_pylist(), here, strict=True))
@@ -100,10 +100,10 @@ def test_any_pool_draws_the_same_rows_and_they_are_those_of_this_process(
 
 def test_a_row_says_what_it_takes_to_make_it_again(drawn: Path) -> None:
     row = pq.read_table(drawn).to_pylist()[13]
-    pipe = drawing.pipeline(
+    model = drawing.load(
         Plugin(path=row["model"], dtype=row["dtype"]), [Adapter(a["folder"], a["weight"]) for a in row["adapters"]]
     )
-    (again,) = drawing.samples(pipe, [row["prompt"]], [row["seed"]], Sampler.model_validate_json(row["sampler"]), 1)
+    (again,) = drawing.samples(model, [row["prompt"]], [row["seed"]], Sampler.model_validate_json(row["sampler"]), 1)
     assert np.abs(pixels(row["image"]).astype(int) - np.asarray(again.image)).max() <= 1  # the batch was another
     assert row["adapters"][0]["sha256"] == Adapter(row["adapters"][0]["folder"]).digest()
     assert len(row["model_digest"]) == 64

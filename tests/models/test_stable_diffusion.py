@@ -132,10 +132,10 @@ def test_a_round_starts_from_the_merged_adapters_of_earlier_ones(tiny_pipeline: 
     first, second = (str(make_adapter(tiny_pipeline, tmp_path / str(i), seed=i, rank=2 + i)) for i in range(2))
     make_adapter(tiny_pipeline, tmp_path / "own", rank=8)
     merged = build(tiny_pipeline, adapters=[first, second])
-    summed = drawing.pipeline(Plugin(path=str(tiny_pipeline)), [drawing.Adapter(first), drawing.Adapter(second)])
+    summed = drawing.load(Plugin(path=str(tiny_pipeline)), [drawing.Adapter(first), drawing.Adapter(second)])
     x, time = torch.randn(2, *merged.latent_shape), torch.tensor([500.0, 100.0])
     states = merged.embed(PROMPTS, 1.0)
-    expected = summed.unet(x, time, encoder_hidden_states=states).sample.detach()
+    expected = summed.denoiser(x, time, encoder_hidden_states=states).sample.detach()
     base = build(tiny_pipeline).denoiser(x, time, encoder_hidden_states=states).sample.detach()
     assert (expected - base).abs().max() > 0.1
     assert torch.allclose(merged.predict(merged.denoiser, PROMPTS, 1.0)(x, time), expected, atol=1e-5)
@@ -143,8 +143,8 @@ def test_a_round_starts_from_the_merged_adapters_of_earlier_ones(tiny_pipeline: 
     with merged.reference():
         assert torch.allclose(merged.predict(merged.denoiser, PROMPTS, 1.0)(x, time), expected, atol=1e-5)
     all_three = [drawing.Adapter(str(folder)) for folder in (first, second, tmp_path / "own")]
-    summed = drawing.pipeline(Plugin(path=str(tiny_pipeline)), all_three)
-    expected = summed.unet(x, time, encoder_hidden_states=states).sample.detach()
+    summed = drawing.load(Plugin(path=str(tiny_pipeline)), all_three)
+    expected = summed.denoiser(x, time, encoder_hidden_states=states).sample.detach()
     assert torch.allclose(merged.predict(merged.denoiser, PROMPTS, 1.0)(x, time), expected, atol=1e-5)
 
 

@@ -1,0 +1,79 @@
+"""Loss scaling and refused gradients through DeepSpeed, at every ZeRO stage, against the engine of one process."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from raydiff.config import Run
+from raydiff.core.learner import TorchEngine
+from raydiff.session import Session
+from tests.distributed.parity import start_weights
+from tests.distributed.scaled import two_updates
+
+pytestmark = pytest.mark.ray
+SMALL = {"batch.size": 2, "batch.micro": 1, "sampler.steps": 1, "optimizer.schedule": "linear"}
+
+
+@pytest.fixture(scope="module")
+def stages(tiny_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder where two ranks left what they found."""
+
+    def runs(stage: int) -> dict[str, object]:
+        half = tiny_run(changes={**SMALL, "model.dtype": "float16", "train.zero_stage": stage})
+        rough = {"rewards": {"blue": {"kind": "tests.rough", "what": "root"}}}
+        nan = tiny_run(changes={**SMALL, **rough, "train.zero_stage": stage})
+        return {"half": half.model_dump(mode="json"), "rough": nan.model_dump(mode="json")}
+
+    folder = tmp_path_factory.mktemp("scaled")
+    (folder / "runs.json").write_text(json.dumps({str(stage): runs(stage) for stage in range(4)}))
+    command = [sys.executable, "-m", "tests.distributed.scaled"]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), "2", str(folder / "runs.json"), str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=400)[0].decode() for process in ranks]
+    assert all(process.returncode == 0 for process in ranks), "\n".join(text[-4000:] for text in said)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_run: Callable[..., Run]) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
+    """The same two updates in one process: the weights, and what was reported."""
+    session = Session(tiny_run(changes={**SMALL, "model.dtype": "float16"}))
+    with torch.no_grad():
+        for name, weight in start_weights(session).items():
+            session.model.trained()[name].copy_(weight)
+    adam, scheduler = session.optimizer()
+    limit = session.run.optimizer.max_grad_norm
+    told = two_updates(session, TorchEngine(adam, scheduler, session.geometry.step_accumulation, limit, session.loss_scale))
+    return {name: p.detach().clone() for name, p in session.model.trained().items()}, told
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_scaled_step_is_that_of_one_process(
+    stages: Path, alone: tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]], stage: int
+) -> None:
+    expected, told_alone = alone
+    told = json.loads((stages / f"{stage}.json").read_text())
+    assert "grad_norm" not in told["metrics_0"] and told["metrics_0"]["skipped_steps"] == 1
+    assert told["metrics_1"]["skipped_steps"] == 1 and told["metrics_1"]["loss_scale"] == 2.0**16
+    assert told["metrics_1"]["grad_norm"] == pytest.approx(told_alone["metrics_1"]["grad_norm"], rel=1e-4)
+    assert told["lr"] == pytest.approx(1e-2 / 3) and told["adam_steps"] == [1]  # the skipped step counts for the schedule alone
+    weights = safetensors.torch.load_file(stages / f"{stage}.safetensors")
+    assert weights.keys() == expected.keys()
+    apart = sum(float((weights[name] - expected[name]).square().sum()) for name in expected) ** 0.5
+    assert apart / sum(float(w.square().sum()) for w in expected.values()) ** 0.5 < 1e-4
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_gradient_that_is_no_number_is_refused_and_reaches_no_weight(stages: Path, stage: int) -> None:
+    told = json.loads((stages / f"{stage}.json").read_text())
+    assert "though the loss is finite: the step is refused" in told["said"] and told["moved"] is False
