@@ -133,7 +133,9 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
     else:
         raise ValueError(f"beta_schedule = {kind!r} is not supported; use linear, scaled_linear or squaredcos_cap_v2")
     if len(betas) != n or not bool(((betas > 0) & (betas < 1)).all()):
-        raise ValueError(f"betas must be num_train_timesteps = {n} numbers between 0 and 1; the scheduler's config gives others")
+        raise ValueError(
+            f"betas must be num_train_timesteps = {n} numbers between 0 and 1; the scheduler's config gives others"
+        )
     bars = torch.cumprod(1 - betas, 0)
     return _zero_terminal_snr(bars) if config.get("rescale_betas_zero_snr") else bars
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raydiff.models.checkpoint import FLOATS
+
 WEIGHTS = "pytorch_lora_weights.safetensors"
 _KOHYA = "lora_unet_"
 _OTHERS = {  # what a tensor's name tells that is no plain LoRA of a UNet
@@ -95,6 +97,7 @@ def _open(file: Path, values: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(file, "pt") as content:
             keys = sorted(content.keys())
+            kinds = {key: content.get_slice(key).get_dtype() for key in keys if not key.endswith(".alpha")}
             tensors = {
                 key: content.get_tensor(key)
                 if values or key.endswith(".alpha")
@@ -106,8 +109,10 @@ def _open(file: Path, values: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"adapter {file} is broken: {error}") from None
     if not tensors:
         raise ValueError(f"adapter {file} holds no tensors")
-    if strange := [key for key, tensor in tensors.items() if not tensor.is_floating_point() and not key.endswith(".alpha")]:
-        raise ValueError(f"adapter {file}: {strange[0]!r} is stored as {tensors[strange[0]].dtype}, and should be floating-point")
+    if strange := [key for key, kind in kinds.items() if kind not in FLOATS]:
+        raise ValueError(
+            f"adapter {file}: {strange[0]!r} is stored as {kinds[strange[0]]}; {', '.join(sorted(FLOATS))} are read"
+        )
     return tensors, metadata
 
 

@@ -8,9 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from raydiff.core.schedule import Schedule, alphas_cumprod, is_flow
+from raydiff.core.schedule import Schedule, is_flow
 from raydiff.models import checkpoint
 from raydiff.models.checkpoint import read_json
 
@@ -148,14 +146,16 @@ def unet_of(config: Mapping[str, Any]) -> Any:
     _check_class("unet", config, UNet2DConditionModel)
     size = config.get("sample_size")
     if not isinstance(size, int) or size < 1:
-        raise ValueError(f"unet/config.json: sample_size = {size!r} is not supported: it must be one number, as latents are square")
+        raise ValueError(
+            f"unet/config.json: sample_size = {size!r} is not supported: it must be one number, as latents are square"
+        )
     try:
         return UNet2DConditionModel.from_config(config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"unet/config.json is no UNet2DConditionModel's: {error}") from None
 
 
-def check_unet(folder: Path, base: nn.Module) -> None:
+def check_unet(folder: Path, base: Any) -> None:
     """Raise ValueError or FileNotFoundError unless a folder holds the config and the weights of a UNet that can take the place
     of `base`, with or without adapters."""
     import torch
@@ -183,11 +183,11 @@ def scheduler_config(folder: Path) -> dict[str, Any]:
     _check_fields("scheduler", config)
     scheduler_class = getattr(diffusers, kind)
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in _parameters(scheduler_class):
-        raise ValueError(f"{_short(file)}: rescale_betas_zero_snr = true has no meaning for a {kind}, whose betas stay as they are")
+        raise ValueError(f"{_short(file)}: rescale_betas_zero_snr = true has no meaning for a {kind}")
     try:
         filled = dict(scheduler_class.from_config(config).config)
-        Schedule.from_config(filled, 1) if is_flow(filled) else alphas_cumprod(filled)
-    except (TypeError, ValueError, NotImplementedError, ImportError) as error:
+        Schedule.from_config(filled, 1, spacing=None if is_flow(filled) else "leading")
+    except (IndexError, TypeError, ValueError, NotImplementedError, ImportError) as error:
         raise ValueError(f"{_short(file)}: {error}") from None
     return filled
 
@@ -227,7 +227,9 @@ def _check_tokenizer(folder: Path, text: Any) -> None:
             f" {text.max_position_embeddings} positions"
         )
     if len(tokenizer) > text.vocab_size:
-        raise ValueError(f"tokenizer has {len(tokenizer)} tokens, and text_encoder/config.json has vocab_size = {text.vocab_size}")
+        raise ValueError(
+            f"tokenizer has {len(tokenizer)} tokens, and text_encoder/config.json has vocab_size = {text.vocab_size}"
+        )
 
 
 def _parameters(some_class: Any) -> set[str]:

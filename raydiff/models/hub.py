@@ -43,7 +43,9 @@ def model_index(name: str, revision: str | None = None) -> dict[str, Any]:
     if answer.status_code == 404:
         raise FileNotFoundError(f"the hub has no {at!r} with a model_index.json: it must be a diffusers pipeline")
     if answer.status_code != 200:
-        raise ConnectionError(f"{constants.ENDPOINT} answers {answer.status_code} for {at!r}: try again later, or give a folder")
+        raise ConnectionError(
+            f"{constants.ENDPOINT} answers {answer.status_code} for {at!r}: try again later, or give a folder"
+        )
     try:
         index = json.loads(answer.text)
     except ValueError:

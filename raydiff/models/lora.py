@@ -106,7 +106,9 @@ def save(denoiser: Any, folder: Path, state: Mapping[str, Tensor], pipeline: Any
     """
     from peft.utils import get_peft_model_state_dict
 
-    scales = {f"{name}.lora_B.{ADAPTER}.weight": getattr(m.lora_B[ADAPTER], "scale", 1.0) for name, m in _layers(denoiser).items()}
+    scales = {
+        f"{name}.lora_B.{ADAPTER}.weight": getattr(m.lora_B[ADAPTER], "scale", 1.0) for name, m in _layers(denoiser).items()
+    }
     folded = {name: tensor if scales.get(name, 1.0) == 1 else tensor * scales[name] for name, tensor in state.items()}
     layers = get_peft_model_state_dict(denoiser, state_dict=folded, adapter_name=ADAPTER)
     # Sets are sorted, or two exports of the same weights would be different files.

@@ -62,8 +62,13 @@ class Plugin(ModelConfig):
             else:
                 formats.check_folder(folder, self.variant)
         except (ValueError, OSError) as error:
-            raise type(error)(f"model.path = {self.path!r}: {error}") from None
+            raise self._named(error) from None
         self._check_adapters(folder)
+
+    def _named(self, error: ValueError | OSError) -> Exception:
+        """The same error with the field and its value in front."""
+        kind = ValueError if isinstance(error, ValueError) else type(error)
+        return kind(f"model.path = {self.path!r}: {error}")
 
     def _cached(self) -> Path | None:
         """A hub id's snapshot in the cache, if every file that is loaded is there."""
@@ -89,7 +94,7 @@ class Plugin(ModelConfig):
         try:
             formats.check_folder(Path(folder), self.variant)
         except (ValueError, OSError) as error:
-            raise type(error)(f"model.path = {self.path!r}: {error}") from None
+            raise self._named(error) from None
         return Path(folder)
 
     def _check_adapters(self, folder: Path | None) -> None:
@@ -163,7 +168,11 @@ def _load_part(config: Plugin, folder: Path, part: str) -> Any:
     kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}[part]
     weights = checkpoint.of_folder(folder / part, formats.STEMS[part], config.variant)
     network, info = kind.from_pretrained(
-        folder / part, dtype=getattr(torch, config.dtype), use_safetensors=True, output_loading_info=True, variant=weights.variant
+        folder / part,
+        dtype=getattr(torch, config.dtype),
+        use_safetensors=True,
+        output_loading_info=True,
+        variant=weights.variant,
     )
     checkpoint.check_loading(f"model.path = {config.path!r}: {weights.name}", info)
     return network
