@@ -11,8 +11,11 @@ from raydiff.data.prompts import read_both
 from raydiff.data.verdicts import Verdicts
 
 
-def faults(run: Run) -> list[str]:
-    """One line per fault, each with its dotted path and the way out; [] when there is none. Loads no weights."""
+def faults(run: Run, *, hub: bool = True) -> list[str]:
+    """One line per fault, each with its dotted path and the way out; [] when there is none. Loads no weights.
+
+    Without `hub`, it is no fault that the hub does not answer: what is not here may be where the run will be.
+    """
     parts = {"model": run.model, "method": run.method}
     parts |= {f"rewards.{name}": r for name, r in run.rewards.named.items()}
     parts |= {f"evaluate.rewards.{name}": r for name, r in run.evaluate.rewards.items()}
@@ -23,6 +26,8 @@ def faults(run: Run) -> list[str]:
         try:
             part.preflight()
         except (ValueError, OSError, ImportError) as error:
+            if isinstance(error, ConnectionError) and not hub:
+                continue
             found.append(str(error) if str(error).startswith(path) else f"{path}: {error}")
     if run.evaluate.clip is not None:
         from raydiff.rewards.clip import check_clip

@@ -17,6 +17,7 @@ from torch import Tensor
 Output = Literal["eps", "v", "flow"]
 Spacing = Literal["leading", "trailing", "linspace"]
 _OUTPUT_OF: dict[str, Output] = {"epsilon": "eps", "v_prediction": "v"}
+_OTHER_GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "sigma_min", "sigma_max")
 
 
 @dataclass(frozen=True)
@@ -100,15 +101,22 @@ class Schedule:
 
         `spacing` and `final_alpha` (alpha-bar at the clean end; 1 = noise-free) override the config: where the last step
         stands decides the size of every truncated reward gradient. Any VP scheduler's config serves (DDIM, PNDM, Euler: they
-        share the betas), and FlowMatchEulerDiscreteScheduler's, whose grid is its own.
-        Raises ValueError for a field that is not supported, and for steps outside 1..num_train_timesteps.
+        share the betas), and FlowMatchEulerDiscreteScheduler's, whose grid is its own and always ends noise-free.
+        Raises ValueError for a field that is not supported or has no meaning there, and for steps outside
+        1..num_train_timesteps.
         """
         train_steps = int(config.get("num_train_timesteps", 1000))
         if not 1 <= steps <= train_steps:
             raise ValueError(f"steps = {steps} is outside 1..{train_steps}, the scheduler's num_train_timesteps")
-        if "FlowMatch" in config.get("_class_name", "") or ("shift" in config and "beta_schedule" not in config):
+        if is_flow(config):
+            _check_flow_grid(spacing, final_alpha)
             return _flow(config, steps)
         return _variance_preserving(config, steps, spacing, final_alpha)
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether a diffusers scheduler config is of flow matching, x = (1 - s)·x0 + s·eps, and not of betas."""
+    return "FlowMatch" in config.get("_class_name", "") or ("shift" in config and "beta_schedule" not in config)
 
 
 def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
@@ -128,6 +136,10 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
         betas = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
     else:
         raise ValueError(f"beta_schedule = {kind!r} is not supported; use linear, scaled_linear or squaredcos_cap_v2")
+    if len(betas) != n or not bool(((betas > 0) & (betas < 1)).all()):
+        raise ValueError(
+            f"betas must be num_train_timesteps = {n} numbers between 0 and 1; the scheduler's config gives others"
+        )
     bars = torch.cumprod(1 - betas, 0)
     return _zero_terminal_snr(bars) if config.get("rescale_betas_zero_snr") else bars
 
@@ -142,6 +154,11 @@ def _variance_preserving(config: Mapping[str, Any], steps: int, spacing: Spacing
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in _OUTPUT_OF:
         raise ValueError(f"prediction_type = {prediction!r} is not supported; use one of {sorted(_OUTPUT_OF)}")
+    if spacing is None and (own := [field for field in _OTHER_GRIDS if config.get(field)]):
+        raise ValueError(
+            f"the scheduler's own grid is not followed: its config has {own[0]} = {config[own[0]]!r};"
+            ' set sampler.spacing to "trailing", "leading" or "linspace"'
+        )
     bars = alphas_cumprod(config)
     times = _times(len(bars), steps, spacing or config.get("timestep_spacing", "leading"), int(config.get("steps_offset", 0)))
     if final_alpha is None:
@@ -161,6 +178,16 @@ def _times(train_steps: int, steps: int, spacing: str, offset: int) -> Tensor:
     if spacing == "linspace":
         return torch.linspace(train_steps - 1, 0, steps, dtype=torch.float64).round().long()
     raise ValueError(f"timestep_spacing = {spacing!r} is not supported; use leading, trailing or linspace")
+
+
+def _check_flow_grid(spacing: Spacing | None, final_alpha: float | None) -> None:
+    """Raise ValueError for what the fixed grid of flow matching cannot follow. The defaults of a run ask for nothing else."""
+    for field, value, fits in (("spacing", spacing, (None, "trailing")), ("final_alpha", final_alpha, (None, 1.0))):
+        if value not in fits:
+            raise ValueError(
+                f"sampler.{field} = {value!r} has no meaning for a flow-matching model, whose grid is its scheduler's and ends"
+                f' noise-free: leave sampler.{field} out, or set it to "none"'
+            )
 
 
 def _flow(config: Mapping[str, Any], steps: int) -> Schedule:

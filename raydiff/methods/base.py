@@ -224,8 +224,17 @@ class TrajectoryMethod(Method):
             )
 
     def check_grid(self, schedule: Schedule, eta: float) -> None:
-        if still := [i for i in range(schedule.steps) if schedule.std(i, torch.empty(0), eta) == 0]:
+        still = [i for i in range(schedule.steps) if schedule.std(i, torch.empty(0), eta) == 0]
+        if not still:
+            return
+        if schedule.output == "flow":
             raise ValueError(
-                f"method.kind = {self.kind!r} needs the density of each step, and on the model's own grid step {still[0]} of"
-                f' {schedule.steps} is deterministic: set sampler.spacing to "trailing" and sampler.final_alpha to 0.999'
+                f"method.kind = {self.kind!r} needs the density of each step, and the grid of a flow-matching model always"
+                ' ends in a deterministic one: set method.kind to "draft_k" or "diffusion_dpo", or train a model of another kind'
             )
+        last = float(schedule.alpha[-2]) ** 2  # a final alpha-bar between this and 1 leaves each step a density
+        raise ValueError(
+            f"method.kind = {self.kind!r} needs the density of each step, and on the model's own grid step {still[0]} of"
+            f' {schedule.steps} is deterministic: set sampler.spacing to "trailing" and sampler.final_alpha to'
+            f" {(3 + last) / 4:.6g}"
+        )

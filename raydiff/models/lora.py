@@ -1,4 +1,4 @@
-"""Adapters: make, save and load them in the format that diffusers reads, with alpha kept."""
+"""Adapters: make, save and load them in the format that diffusers reads, with alpha folded in."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raydiff.models.adapters import WEIGHTS, Layer, read, weights_file
 from raydiff.models.base import Lora
 
+__all__ = ["WEIGHTS", "add", "attach", "check_fits", "digest", "disabled", "load", "merge", "save", "weights_file"]
+
 ADAPTER = "default"  # the name of the adapter that is trained
-WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def add(denoiser: Any, lora: Lora, seed: int) -> dict[str, nn.Parameter]:
@@ -28,8 +30,8 @@ def add(denoiser: Any, lora: Lora, seed: int) -> dict[str, nn.Parameter]:
 
     denoiser.requires_grad_(False)
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha or lora.rank, target_modules=list(lora.targets), init_lora_weights="gaussian"
-    )
+        r=lora.rank, lora_alpha=lora.rank, target_modules=list(lora.targets), init_lora_weights="gaussian"
+    )  # alpha is folded into B, here and at export, since not every reader knows of one
     for target in lora.targets:
         if not any(name == target or name.endswith("." + target) for name, _ in denoiser.named_modules()):
             raise ValueError(f"model.lora.targets: the denoiser has no module named {target!r}; attention has to_q, to_k, to_v")
@@ -40,7 +42,44 @@ def add(denoiser: Any, lora: Lora, seed: int) -> dict[str, nn.Parameter]:
     for p in parameters.values():
         p.data = p.data.float()
         p.requires_grad_(True)
+    if lora.alpha is not None and lora.alpha != lora.rank:
+        for layer in _layers(denoiser).values():
+            layer.lora_B[ADAPTER] = _scaled(layer.lora_B[ADAPTER], lora.alpha / lora.rank)
     return parameters
+
+
+def _layers(denoiser: nn.Module) -> dict[str, Any]:
+    """The modules that the trained adapter changes, by name."""
+    return {name: m for name, m in denoiser.named_modules() if ADAPTER in getattr(m, "lora_B", ())}
+
+
+class _ScaledLinear(nn.Linear):
+    """x -> s·W x, with s·W rounded as it is exported, so that the trained model and its adapter agree in every bit."""
+
+    scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.scale)
+
+
+class _ScaledConv(nn.Conv2d):
+    """`_ScaledLinear` for a convolution."""
+
+    scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight * self.scale, None)
+
+
+def _scaled(up: nn.Linear | nn.Conv2d, scale: float) -> nn.Module:
+    """`up`, an adapter's B without bias, with its output times `scale`; the parameter stays the same one."""
+    made: _ScaledLinear | _ScaledConv
+    if isinstance(up, nn.Linear):
+        made = _ScaledLinear(up.in_features, up.out_features, bias=False, device="meta")
+    else:
+        made = _ScaledConv(up.in_channels, up.out_channels, 1, bias=False, device="meta")
+    made.weight, made.scale = up.weight, scale
+    return made
 
 
 @contextmanager
@@ -61,10 +100,17 @@ def disabled(denoiser: Any) -> Iterator[None]:
 
 
 def save(denoiser: Any, folder: Path, state: Mapping[str, Tensor], pipeline: Any) -> None:
-    """Write the adapter whose tensors are `state` ({parameter name: tensor}) for `pipe.load_lora_weights(folder)`."""
+    """Write the adapter whose tensors are `state` ({parameter name: tensor}) for `pipe.load_lora_weights(folder)`.
+
+    alpha / rank is multiplied into B: not every reader knows of an alpha, and each takes it to be the rank then.
+    """
     from peft.utils import get_peft_model_state_dict
 
-    layers = get_peft_model_state_dict(denoiser, state_dict=dict(state), adapter_name=ADAPTER)
+    scales = {
+        f"{name}.lora_B.{ADAPTER}.weight": getattr(m.lora_B[ADAPTER], "scale", 1.0) for name, m in _layers(denoiser).items()
+    }
+    folded = {name: tensor if scales.get(name, 1.0) == 1 else tensor * scales[name] for name, tensor in state.items()}
+    layers = get_peft_model_state_dict(denoiser, state_dict=folded, adapter_name=ADAPTER)
     # Sets are sorted, or two exports of the same weights would be different files.
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in denoiser.peft_config[ADAPTER].to_dict().items()}
     pipeline.save_lora_weights(
@@ -90,17 +136,31 @@ def attach(denoiser: Any, adapters: Sequence[tuple[str | Path, float]]) -> None:
     The deltas are summed, never A and B apart. They are added up in the order of the files' digests, so the order given changes
     no bit; at λ = 0 an adapter is left out. Raises what `check_fits` raises.
     """
-    for folder, _ in adapters:
-        check_fits(denoiser, folder)
+    layers = {str(folder): read(denoiser, folder) for folder, _ in adapters}
     used = sorted((digest(folder), weight, str(folder)) for folder, weight in adapters if weight != 0)
     names = [f"{ADAPTER}_{i}" for i in range(len(used))]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
         for name, (_, _, folder) in zip(names, used, strict=True):
-            file = weights_file(folder)
-            denoiser.load_lora_adapter(str(file.parent), weight_name=file.name, adapter_name=name, prefix="unet")
+            _attach(denoiser, name, layers[folder])
     if used:
         denoiser.set_adapters(names, [weight for _, weight, _ in used])
+
+
+def _attach(denoiser: Any, name: str, layers: Mapping[str, Layer]) -> None:
+    """Add an adapter by name, and see that each tensor and alpha arrived. Raises RuntimeError for the first that did not."""
+    state = {f"{m}.lora_A.weight": layer.down for m, layer in layers.items()}
+    state |= {f"{m}.lora_B.weight": layer.up for m, layer in layers.items()}
+    denoiser.load_lora_adapter(state, prefix=None, adapter_name=name)
+    for module, layer in layers.items():
+        part = denoiser.get_submodule(module)
+        part.lora_alpha[name] = layer.alpha  # diffusers was told of none, and took the rank
+        part.set_scale(name, 1.0)
+        for half, given in ((part.lora_A[name].weight, layer.down), (part.lora_B[name].weight, layer.up)):
+            if not torch.equal(half.detach(), given.to(half)):
+                raise RuntimeError(f"diffusers did not load the adapter's tensors of {module}")
+        if part.scaling[name] != layer.scale:
+            raise RuntimeError(f"{module} runs its adapter at {part.scaling[name]}, and alpha / rank is {layer.scale}")
 
 
 def merge(denoiser: Any, adapters: Sequence[str | Path]) -> None:
@@ -114,36 +174,20 @@ def merge(denoiser: Any, adapters: Sequence[str | Path]) -> None:
 def load(denoiser: Any, adapter: str | Path) -> None:
     """Put an exported adapter's weights into the adapter that `add` made: evaluate a trained one, or go on from it.
 
-    Raises ValueError when its rank, targets or scale are not those of this adapter.
+    Another alpha is made up for in B. Raises ValueError when its rank or targets are not those of this adapter.
     """
-    from safetensors import safe_open
-
-    check_fits(denoiser, adapter)
-    own = {name: p for name, p in denoiser.named_parameters() if "lora_" in name}
-    with safe_open(weights_file(adapter), "pt") as tensors:
-        given = {
-            key.removeprefix("unet.").removesuffix(".weight") + f".{ADAPTER}.weight": tensors.get_tensor(key)
-            for key in tensors.keys()  # noqa: SIM118 -- safe_open is not a mapping
-        }
-        config = json.loads((tensors.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    mine = denoiser.peft_config[ADAPTER]
-    alpha = config.get("unet.lora_alpha", mine.lora_alpha)
-    if {n: t.shape for n, t in given.items()} != {n: p.shape for n, p in own.items()} or alpha != mine.lora_alpha:
+    layers, own = read(denoiser, adapter), _layers(denoiser)
+    given = {module: (layer.down.shape, layer.up.shape) for module, layer in layers.items()}
+    if given != {m: (part.lora_A[ADAPTER].weight.shape, part.lora_B[ADAPTER].weight.shape) for m, part in own.items()}:
         raise ValueError(
-            f"adapter {str(adapter)!r} has another rank, alpha or targets than model.lora"
-            f" (rank {mine.r}, alpha {mine.lora_alpha}): set model.lora to the adapter's"
+            f"adapter {str(adapter)!r} has another rank or targets than model.lora"
+            f" (rank {denoiser.peft_config[ADAPTER].r}): set model.lora to the adapter's"
         )
     with torch.no_grad():
-        for name, tensor in given.items():
-            own[name].copy_(tensor)
-
-
-def weights_file(adapter: str | Path) -> Path:
-    """The file of an adapter, which is named by its folder or by itself. Raises FileNotFoundError."""
-    file = Path(adapter) / WEIGHTS if Path(adapter).is_dir() else Path(adapter)
-    if not file.is_file():
-        raise FileNotFoundError(f"adapter {str(adapter)!r}: there is no {WEIGHTS}; give the folder that a run exported")
-    return file
+        for module, layer in layers.items():
+            up = own[module].lora_B[ADAPTER]
+            own[module].lora_A[ADAPTER].weight.copy_(layer.down)
+            up.weight.copy_(layer.up.float() * (layer.scale / getattr(up, "scale", 1.0)))
 
 
 def digest(adapter: str | Path) -> str:
@@ -152,29 +196,9 @@ def digest(adapter: str | Path) -> str:
 
 
 def check_fits(denoiser: nn.Module, adapter: str | Path) -> None:
-    """Raise ValueError when an adapter's file is broken or for another base model, FileNotFoundError when there is none."""
-    from safetensors import SafetensorError, safe_open
-
-    file = weights_file(adapter)
-    shapes = {
-        name.removesuffix(".base_layer"): tuple(m.weight.shape)
-        for name, m in denoiser.named_modules()
-        if isinstance(m, nn.Linear | nn.Conv2d) and ".lora_" not in name
-    }
-    try:
-        with safe_open(file, "pt") as tensors:
-            given = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118 -- not a mapping
-    except SafetensorError as error:
-        raise ValueError(f"adapter {file} is broken: {error}") from None
-    for key, shape in given.items():
-        module, lora, part = key.removeprefix("unet.").partition(".lora_")
-        if not lora:
-            raise ValueError(f"adapter {file}: {key!r} is no LoRA tensor in diffusers' format")
-        if module not in shapes:
-            raise ValueError(f"adapter {file} is for another base model: this one has no layer {module!r}")
-        base, down = shapes[module], part.startswith(("A", "down"))
-        if shape[down] != base[down]:  # A is (rank, in), B is (out, rank)
-            raise ValueError(f"adapter {file} is for another base model: {module} is {base} here, lora_{part} is {shape}")
+    """Raise ValueError when an adapter's file is broken, for another base model or of a kind that is not run,
+    FileNotFoundError when there is none."""
+    read(denoiser, adapter, values=False)
 
 
 def _plain(value: object) -> bool:

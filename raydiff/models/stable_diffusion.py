@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,14 +19,8 @@ from torch import Tensor, nn
 from raydiff import assets
 from raydiff.core.denoise import Predict, guided
 from raydiff.core.schedule import Schedule
-from raydiff.models import lora
+from raydiff.models import checkpoint, formats, hub, lora
 from raydiff.models.base import ModelConfig
-
-_FOLDERS = {  # what a local folder must hold, each with its config; weights as safetensors, sharded or not
-    "unet": "diffusion_pytorch_model*.safetensors",
-    "vae": "diffusion_pytorch_model*.safetensors",
-    "text_encoder": "model*.safetensors",
-}
 
 
 class Plugin(ModelConfig):
@@ -54,18 +47,55 @@ class Plugin(ModelConfig):
         return str(assets.path("pipeline")) if self.path == "embedded" else self.path
 
     def preflight(self) -> None:
-        if self.path != "embedded" and not Path(self.path).exists() and not _is_hub_id(self.path):
+        """Raise, naming the file, the field or the tensor, unless what is there can be read: configs and the weights' headers.
+
+        Of a hub id, its snapshot in the cache if it is whole; else the hub is asked what kind of model it is, which raises
+        ConnectionError within seconds when it does not answer.
+        """
+        local = self.path == "embedded" or Path(self.path).exists()
+        if not local and not _is_hub_id(self.path):
             raise FileNotFoundError(f"model.path = {self.path!r} is neither a folder here nor a hub id like 'owner/name'")
-        folder = Path(self.folder())
-        if not folder.is_dir():
-            return self._check_adapters(None)  # a hub id: from_pretrained names what is missing there
-        needed = ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"]
-        for missing in [f for f in [*needed, *(f"{part}/config.json" for part in _FOLDERS)] if not (folder / f).is_file()]:
-            raise FileNotFoundError(f"model.path = {self.path!r}: {missing} is missing; it must be a diffusers pipeline folder")
-        for part, pattern in _FOLDERS.items():
-            if not any((folder / part).glob(pattern)):
-                raise FileNotFoundError(f"model.path = {self.path!r}: {part} has no {pattern}; only safetensors are loaded")
+        try:
+            folder = Path(self.folder()) if local else self._cached()
+            if folder is None:
+                formats.check_index(hub.model_index(self.path, self.revision))
+            else:
+                formats.check_folder(folder, self.variant)
+        except (ValueError, OSError) as error:
+            raise self._named(error) from None
         self._check_adapters(folder)
+
+    def _named(self, error: ValueError | OSError) -> Exception:
+        """The same error with the field and its value in front."""
+        kind = ValueError if isinstance(error, ValueError) else type(error)
+        return kind(f"model.path = {self.path!r}: {error}")
+
+    def _cached(self) -> Path | None:
+        """A hub id's snapshot in the cache, if every file that is loaded is there."""
+        folder = hub.cached(self.path, self.revision)
+        return folder if folder is not None and formats.complete(folder, self.variant) else None
+
+    def snapshot(self) -> Path:
+        """The folder to load from; of a hub id, the newest snapshot if the hub answers, else the one in the cache.
+
+        What was downloaded is checked as `preflight` does.
+        """
+        folder = Path(self.folder())
+        if folder.is_dir():
+            return folder
+        if (cached := self._cached()) is not None and not hub.reachable(self.path, self.revision):
+            return cached
+        from diffusers import StableDiffusionPipeline
+
+        folder = StableDiffusionPipeline.download(
+            self.path, revision=self.revision, variant=self.variant, use_safetensors=True, safety_checker=None,
+            feature_extractor=None,
+        )  # fmt: skip
+        try:
+            formats.check_folder(Path(folder), self.variant)
+        except (ValueError, OSError) as error:
+            raise self._named(error) from None
+        return Path(folder)
 
     def _check_adapters(self, folder: Path | None) -> None:
         """Raise FileNotFoundError for one that is missing, ValueError where the base in `folder` shows that it does not fit."""
@@ -102,16 +132,11 @@ class Plugin(ModelConfig):
 
     def skeleton(self, folder: Path, *, reference: bool = False, checkpointing: bool = True) -> Skeleton:
         """The model on the meta device, from the config files of a pipeline folder: shapes without weights."""
-        from diffusers import AutoencoderKL, UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel
-
         dtype = getattr(torch, self.dtype)
-        with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
-            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
-            text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
-        config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-        pipe = SimpleNamespace(unet=unet, vae=vae, text_encoder=text_encoder, scheduler=SimpleNamespace(config=config))
+        parts = formats.networks(folder)
+        unet, vae, text_encoder = parts["unet"], parts["vae"], parts["text_encoder"]
+        config = formats.scheduler_config(folder)
+        pipe = SimpleNamespace(**parts, scheduler=SimpleNamespace(config=config))
         for part in (unet, vae, text_encoder):
             nn.Module.to(part, dtype)  # diffusers' own `to` warns of parts that it keeps in fp32, even where there are none
             part.requires_grad_(False).eval()
@@ -138,15 +163,34 @@ def load_pipeline(config: Plugin, device: torch.device | str = "cpu") -> Any:
     from diffusers import StableDiffusionPipeline
 
     diffusers.logging.disable_progress_bar()
+    folder = config.snapshot()
+    parts = {part: _load_part(config, folder, part) for part in formats.STEMS}
     pipe = StableDiffusionPipeline.from_pretrained(
-        config.folder(), dtype=getattr(torch, config.dtype), use_safetensors=True, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False, revision=config.revision, variant=config.variant,
-    )  # fmt: skip
+        folder, **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
     pipe.set_progress_bar_config(disable=True)
     lora.merge(pipe.unet, config.adapters)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).eval()
     return pipe.to(device)
+
+
+def _load_part(config: Plugin, folder: Path, part: str) -> Any:
+    """A part with its weights. Raises ValueError when its loader says that it did not load each tensor."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}[part]
+    weights = checkpoint.of_folder(folder / part, formats.STEMS[part], config.variant)
+    network, info = kind.from_pretrained(
+        folder / part,
+        dtype=getattr(torch, config.dtype),
+        use_safetensors=True,
+        output_loading_info=True,
+        variant=weights.variant,
+    )
+    checkpoint.check_loading(f"model.path = {config.path!r}: {weights.name}", info)
+    return network
 
 
 class StableDiffusion:
@@ -242,6 +286,7 @@ class StableDiffusion:
         if hasattr(self.denoiser, "peft_config"):
             lora.load(self.denoiser, folder)
         else:
+            formats.check_unet(Path(folder) / "unet", self.denoiser)
             tuned = type(self.pipe.unet).from_pretrained(folder, subfolder="unet", use_safetensors=True)
             self.denoiser.load_state_dict(tuned.state_dict())
 

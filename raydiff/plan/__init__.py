@@ -44,7 +44,7 @@ class Plan:
 
 def plan(run: Run, machine: Machine) -> Plan:
     """Look at a run and at a machine, or at a cluster's resources. Loads no weights."""
-    problems, notes = faults(run) + placement.faults(run, machine.nodes, machine.where), []
+    problems, notes = faults(run, hub=False) + placement.faults(run, machine.nodes, machine.where), []
     claims = placement.claims(run, machine.nodes)
     notes += _idle_generators(run) + _growth(run, machine)
 

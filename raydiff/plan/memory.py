@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 from raydiff.config import Run
 from raydiff.core.rollouts import Rollouts
-from raydiff.core.schedule import Schedule
 from raydiff.plan.cost import Backward, small
 from raydiff.session import Session
 
@@ -64,9 +63,11 @@ class Model:
 
 
 def measure(run: Run, folder: Path) -> Model:
-    """Build the model without its weights. Raises ValueError for LoRA targets that it lacks."""
+    """Build the model without its weights. Raises ValueError for LoRA targets that it lacks, and for a grid that it or the
+    method cannot follow."""
     skeleton = run.model.skeleton(folder, reference=run.method.needs_reference, checkpointing=run.train.gradient_checkpointing)
-    Schedule.from_config(skeleton.pipe.scheduler.config, run.sampler.steps)  # refuses more steps than the model has
+    grid = skeleton.schedule(run.sampler.steps, run.sampler.spacing, run.sampler.final_alpha)  # refuses what it cannot be
+    run.method.check_grid(grid, run.sampler.eta)
     trained = skeleton.trained()
     names = {id(p) for p in trained.values()}
     count = sum(p.numel() for p in trained.values())

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from raydiff import assets
+from raydiff.models import checkpoint
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 
@@ -71,17 +72,37 @@ def check_safetensors(file: Path) -> None:
         raise ValueError(f"{file} is broken: {error}") from None
 
 
+def check_weights(model_class: Any, name: str) -> None:
+    """Raise ValueError when the weights in a local folder are not those of its config's network, tensor for tensor.
+
+    A name that is no folder is a hub id, whose weights `load_frozen` compares. Reads headers only.
+    """
+    from transformers import AutoConfig
+
+    if Path(name).is_dir():
+        config = AutoConfig.from_pretrained(name)
+        weights = checkpoint.of_folder(Path(name), WEIGHTS[0].removesuffix(".safetensors"))
+        checkpoint.compare_transformers(weights, _concrete(model_class, config, name), config)
+
+
+def _concrete(model_class: Any, config: Any, name: str) -> Any:
+    """The class itself, or what an `AutoModelFor...` makes of a config."""
+    if (kinds := getattr(model_class, "_model_mapping", None)) is None:
+        return model_class
+    if type(config) not in kinds:
+        raise ValueError(f"{name} is of type {config.model_type!r}, and there is no {model_class.__name__} of it")
+    return kinds[type(config)]
+
+
 def load_frozen(model_class: Any, name: str, dtype: Dtype = "float32") -> Any:
     """A transformers model in eval mode without gradients on its weights.
 
-    Raises ValueError when a weight is missing: transformers would go on with random numbers in its place.
+    Raises ValueError when a weight is missing or extra: transformers would go on with random numbers, or without it.
     """
-    import transformers
-
-    transformers.logging.disable_progress_bar()
-    model, info = model_class.from_pretrained(name, use_safetensors=True, dtype=getattr(torch, dtype), output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(
-            f"{name}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}: not a {model_class.__name__}?"
+    check_weights(model_class, name)
+    with checkpoint.quiet():
+        model, info = model_class.from_pretrained(
+            name, use_safetensors=True, dtype=getattr(torch, dtype), output_loading_info=True
         )
+    checkpoint.check_loading(name, info)
     return model.eval().requires_grad_(False)

@@ -29,8 +29,7 @@ class Plugin(RewardConfig):
     def preflight(self) -> None:
         check_clip(self.model, text=False)
         file = head_file(self.head)
-        if file.suffix == ".safetensors":
-            check_safetensors(file)
+        head_of(read_weights(file), file)
 
     def build(self, device: torch.device | str = "cpu") -> Reward:
         embed_image, file = load_clip(self.model, None, self.dtype), head_file(self.head)
@@ -69,9 +68,28 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if file.suffix != ".safetensors":
-        return torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # of pickle's, zipfile's and torch's own kinds
+            raise ValueError(f"{file} is broken, or holds more than tensors: {str(error).splitlines()[0]}") from None
+        if not isinstance(weights, Mapping):
+            raise ValueError(f"{file} is no aesthetic head: it holds a {type(weights).__name__}, not tensors by name")
+        return dict(weights)
     check_safetensors(file)
     return load_file(file)
+
+
+def _check_chain(weights: Mapping[str, Tensor], numbers: Sequence[int], file: Path) -> None:
+    """Raise ValueError unless each layer takes what the one before it gives, and the last gives one number."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    for n, following in zip(numbers, [*numbers[1:], None], strict=True):
+        shape = shapes[f"layers.{n}.weight"]  # (out, in)
+        out = 1 if following is None else (shapes[f"layers.{following}.weight"] + (0, 0))[1]
+        if len(shape) != 2 or shape[0] != out or shapes[f"layers.{n}.bias"] != (out,):
+            after = "the end" if following is None else f"layers.{following}"
+            raise ValueError(
+                f"{file} is no whole aesthetic head: layers.{n}.weight is {shape}, and {after} takes {out} numbers"
+            )
 
 
 def head_of(weights: Mapping[str, Tensor], file: Path) -> nn.Sequential:
@@ -83,6 +101,7 @@ def head_of(weights: Mapping[str, Tensor], file: Path) -> nn.Sequential:
     wanted = {f"layers.{n}.{part}" for n in numbers for part in ("weight", "bias")}
     if not numbers or set(weights) != wanted:
         raise ValueError(f"{file} is no aesthetic head: it holds {sorted(weights)[:4]}, not layers.N.weight and layers.N.bias")
+    _check_chain(weights, numbers, file)
     layers = []
     for n in numbers:
         weight = weights[f"layers.{n}.weight"]  # (out, in)

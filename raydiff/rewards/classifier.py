@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 from raydiff.core.reward_vjp import Reward
 from raydiff.rewards._images import Preprocess, at_least_fp32, preprocess_of
-from raydiff.rewards._pretrained import CONFIG, PROCESSOR, WEIGHTS, Dtype, check_folder, load_frozen, read_json, source
+from raydiff.rewards._pretrained import (
+    CONFIG,
+    PROCESSOR,
+    WEIGHTS,
+    Dtype,
+    check_folder,
+    check_weights,
+    load_frozen,
+    read_json,
+    source,
+)
 from raydiff.rewards.base import RewardConfig
 
 if TYPE_CHECKING:
@@ -56,6 +66,9 @@ class Plugin(RewardConfig):
             return
         folder = source(self.model, **EMBEDDED)
         check_folder(folder, CONFIG, WEIGHTS, PROCESSOR)
+        from transformers import AutoModelForImageClassification
+
+        check_weights(AutoModelForImageClassification, folder)
         if self.label is not None and Path(folder).is_dir():
             classes_named(self.label, names_of(read_json(Path(folder) / CONFIG[0])["id2label"]))
 

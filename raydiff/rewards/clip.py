@@ -6,6 +6,7 @@ Legend: B images, E embedding width, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ from raydiff.rewards._pretrained import (
     WEIGHTS,
     Dtype,
     check_folder,
+    check_weights,
     load_frozen,
+    read_json,
     source,
 )
 from raydiff.rewards.base import RewardConfig
@@ -87,9 +90,16 @@ class Alignment(nn.Module):
 
 
 def check_clip(model: str, processor: str | None = None, text: bool = True) -> None:
-    """Raise when a file that `load_clip` reads is missing or broken; `text`: the tokenizer is needed too."""
+    """Raise when a file that `load_clip` reads is missing, broken or not CLIP's; `text`: the tokenizer is needed too."""
+    from transformers import CLIPModel
+
     beside = (PROCESSOR, TOKENIZER) if text else (PROCESSOR,)
-    check_folder(source(model, embedded="clip"), CONFIG, WEIGHTS, *(() if processor else beside))
+    name = source(model, embedded="clip")
+    check_folder(name, CONFIG, WEIGHTS, *(() if processor else beside))
+    if (config := Path(name) / CONFIG[0]).is_file():
+        if (kind := read_json(config).get("model_type")) != "clip":
+            raise ValueError(f"model = {model!r} is of type {kind!r}, not 'clip'")
+        check_weights(CLIPModel, name)
     if processor:
         check_folder(source(processor, embedded="clip"), *beside)
 

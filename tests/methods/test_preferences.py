@@ -13,10 +13,11 @@ from raydiff.config import ConfigError, Run
 from raydiff.core.denoising import noised
 from raydiff.core.policy import Policy
 from raydiff.core.rollouts import Rollouts
+from raydiff.core.schedule import Schedule
 from raydiff.methods import d3po, diffusion_dpo
 from raydiff.methods.base import Method
 from raydiff.session import Session
-from tests.core.tiny import gradient, make_policy, make_rollouts
+from tests.core.tiny import SD, gradient, make_policy, make_rollouts
 
 PROMPTS = ("a cat", "a horse", "an ant")
 LABELS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
@@ -329,6 +330,26 @@ def test_a_model_grid_with_a_deterministic_step_is_refused(tiny_run: Callable[..
     run = tiny_run("d3po", {"sampler.eta": 1.0, "sampler.final_alpha": None, "sampler.spacing": "linspace"})
     with pytest.raises(ValueError, match="step 3 of 4 is deterministic.*trailing"):
         Session(run)
+    # What the error recommends works, with few steps and with as many as there are.
+    for steps, spacing, last in ((4, "linspace", 0.99915), (1000, "leading", 0.5)):
+        with pytest.raises(ValueError, match="set sampler.final_alpha|and sampler.final_alpha") as refused:
+            run.method.check_grid(
+                Schedule.from_config({**SD, "steps_offset": 0}, steps, spacing=spacing, final_alpha=last), 1.0
+            )
+        value = float(str(refused.value).rpartition(" ")[2])
+        run.method.check_grid(Schedule.from_config(SD, steps, spacing="trailing", final_alpha=value), 1.0)
+
+
+def test_fields_without_meaning_for_a_flow_model_are_refused(tiny_run: Callable[..., Run]) -> None:
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    for spacing, final_alpha in ((None, None), ("trailing", 1.0)):
+        schedule = Schedule.from_config(flow, 4, spacing=spacing, final_alpha=final_alpha)
+    for field, options in (("spacing", {"spacing": "leading"}), ("final_alpha", {"final_alpha": 0.999})):
+        with pytest.raises(ValueError, match=rf"sampler\.{field} = .* has no meaning for a flow-matching model"):
+            Schedule.from_config(flow, 4, **options)
+    method = tiny_run("d3po", {"sampler.eta": 1.0, "sampler.final_alpha": None}).method
+    with pytest.raises(ValueError, match='flow-matching.*set method.kind to "draft_k" or "diffusion_dpo"'):
+        method.check_grid(schedule, 1.0)
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
