@@ -201,7 +201,8 @@ def _check_class(part: str, config: Mapping[str, Any], model_class: Any) -> None
     for field, value in config.items():
         if not field.startswith("_") and field not in known and value not in (None, False):
             raise ValueError(
-                f"{part}/config.json: {model_class.__name__} knows no {field}, here {value!r}; remove it if the weights do without"
+                f"{part}/config.json: {model_class.__name__} knows no {field}, here {value!r}:"
+                " remove it if the weights do without"
             )
 
 
