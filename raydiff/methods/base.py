@@ -230,7 +230,7 @@ class TrajectoryMethod(Method):
         if schedule.output == "flow":
             raise ValueError(
                 f"method.kind = {self.kind!r} needs the density of each step, and the grid of a flow-matching model always"
-                ' ends in a deterministic one: set method.kind to "draft_k" or "diffusion_dpo", or train a model of another kind'
+                ' ends in a deterministic one: set method.kind to "draft_k" or "diffusion_dpo", or take another kind of model'
             )
         last = float(schedule.alpha[-2]) ** 2  # a final alpha-bar between this and 1 leaves each step a density
         raise ValueError(
