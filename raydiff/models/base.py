@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -36,6 +36,10 @@ class ModelConfig(PluginConfig):
     def name(self) -> str:
         """What pictures of it say that they were made with."""
         return self.kind
+
+    def tokenizers(self) -> list[Any]:
+        """What turns prompts into the tokens that the model sees, as transformers has it; [] where that is not here."""
+        return []
 
     def build(
         self, device: torch.device | str = "cpu", *, seed: int = 0, reference: bool = False, checkpointing: bool = True

@@ -53,6 +53,15 @@ class Plugin(ModelConfig):
     def folder(self) -> str:
         return str(assets.path("pipeline")) if self.path == "embedded" else self.path
 
+    def tokenizers(self) -> list[Any]:
+        from transformers import AutoTokenizer
+
+        options = {"subfolder": "tokenizer", "revision": self.revision, "local_files_only": True}
+        try:
+            return [AutoTokenizer.from_pretrained(self.folder(), **options)]
+        except (OSError, ValueError):  # a hub id that is not in the cache
+            return []
+
     def preflight(self) -> None:
         if self.path != "embedded" and not Path(self.path).exists() and not _is_hub_id(self.path):
             raise FileNotFoundError(f"model.path = {self.path!r} is neither a folder here nor a hub id like 'owner/name'")
