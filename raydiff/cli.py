@@ -45,6 +45,7 @@ RowsPerFile = Annotated[int | None, typer.Option(min=1, help="Default: 256.", ri
 MaxBadRows = Annotated[
     int | None, typer.Option(min=0, help="Rows that may be left out before it stops; default: 100.", rich_help_panel="On Ray")
 ]
+Split = Annotated[str | None, typer.Option(metavar="NAME", help='Of a folder of several splits: one, or "all".')]
 _EXTRA = ("ray", "deepspeed", "mlflow", "pyarrow", "matplotlib")  # of the extra "jobs"
 
 
@@ -93,8 +94,9 @@ def submit(
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...")] = None,
     prompts_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="More prompts: .txt, one a line, or .parquet.")
+        str | None, typer.Option(metavar="FILE", help="More prompts: .txt, one a line, or .parquet, or a folder of these.")
     ] = None,
+    split: Split = None,
     to: Annotated[
         str, typer.Option(metavar="FOLDER", help="Where the pictures go; FOLDER.parquet makes a dataset, on Ray.")
     ] = "pictures",
@@ -132,6 +134,9 @@ def generate(
     texts = list(prompts or [])
     if not texts and prompts_file is None:
         raise ValueError('no prompt given: raydiff generate "a red cat" "a fish", or --prompts-file FILE')
+    if split is not None and prompts_file is None:
+        raise ValueError(f"--split {split}: there is no --prompts-file to take it from")
+    _tell_splits(prompts_file, "--prompts-file")
     numbers = _numbers(seeds) if seeds is not None else list(range(seed, seed + n))
     given = {"steps": steps, "guidance": guidance, "spacing": spacing, "final_alpha": final_alpha, "eta": eta}
     on_ray = {"rows_per_file": rows_per_file, "max_bad_rows": max_bad_rows}
@@ -142,7 +147,7 @@ def generate(
         if prompts_file is not None:
             from raydiff.data.prompts import read
 
-            texts += read(prompts_file, "--prompts-file")
+            texts += read(prompts_file, "--prompts-file", split, "--split")
         config, sampler = _model_and_sampler(recipe, {"path": model, "dtype": dtype}, given)
         _draw(texts, numbers, to, config, sampler, _adapters(adapter, lora_scale), batch, device)
         return
@@ -159,6 +164,7 @@ def generate(
         seeds=numbers,
         batch_size=batch,
         pool=_pool(pool),
+        split=split,
         **_given(on_ray),
     )
 
@@ -174,6 +180,7 @@ def score(
     ] = None,
     image_column: Annotated[str, typer.Option(help="Column of image files.")] = "image",
     prompt_column: Annotated[str, typer.Option(help="Column of prompts; none: there is none.")] = "prompt",
+    split: Split = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures scored at once.")] = 16,
     replicas: Replicas = None,
     num_gpus: NumGpus = None,
@@ -186,6 +193,7 @@ def score(
     from raydiff.data.images import Columns
     from raydiff.distributed.score_batch import score as rate
 
+    _tell_splits(dataset, "DATASET")
     rate(
         dataset,
         to,
@@ -193,6 +201,7 @@ def score(
         columns=Columns(image_column, None if prompt_column == "none" else prompt_column),
         batch_size=batch,
         pool=_pool({"replicas": replicas, "num_gpus": num_gpus, "num_cpus": num_cpus, "label": label}),
+        split=split,
         **_given({"rows_per_file": rows_per_file, "max_bad_rows": max_bad_rows}),
     )
 
@@ -522,6 +531,18 @@ def _no_options(options: dict[str, Any], wanted: str) -> None:
     """Refuse options that would do nothing."""
     if given := _given(options):
         raise ValueError(f"--{next(iter(given)).replace('_', '-')} does nothing here: it takes {wanted}")
+
+
+def _tell_splits(uri: str | None, name: str) -> None:
+    """Say what is in a folder of splits, whichever is taken; what is wrong with it is told by who reads it."""
+    from raydiff.data.files import rows_by_split, told
+
+    try:
+        rows = rows_by_split(uri, name) if uri and not uri.endswith(".txt") else {}
+    except (ValueError, OSError):
+        return
+    if rows:
+        typer.echo(f"{name} holds {told(rows)}", err=True)
 
 
 def _numbers(text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,7 @@ app = typer.Typer(help="Make datasets of labelled pairs, and encode them before 
 To = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the pairs go; the same command goes on with it.")]
 MaxBadRows = Annotated[int, typer.Option(min=0, help="Rows that may be left out before it stops.")]
 Margin = Annotated[float, typer.Option(min=0, help="Rewards that differ by no more are a tie; ties are dropped.")]
+Split = Annotated[str | None, typer.Option(metavar="NAME", help='Of a folder of several splits: one, or "all".')]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A run file: TOML, or the run.json of an earlier run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="PATH=VALUE...", help="Fields to set anew.")]
 Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one.")]
@@ -46,13 +48,16 @@ def from_pickapic(
     shards: Annotated[list[Path], typer.Argument(metavar="SHARDS...", help="Pick-a-Pic's Parquet files, or folders of them.")],
     to: To = Path("pairs.parquet"),
     ties: Annotated[Ties, typer.Option(help="Ties are dropped, or kept with label 0.5; training leaves them out.")] = Ties.drop,
+    split: Split = None,
     rows_per_file: Annotated[int, typer.Option(min=1, help="Rows of a shard that make a file.")] = 2048,
     max_bad_rows: MaxBadRows = 100,
 ) -> None:
     """Convert Pick-a-Pic's own shards, a few rows at a time."""
     from raydiff.data.pickapic import convert
 
-    typer.echo(convert(shards, to, ties=ties.value, rows_per_file=rows_per_file, max_bad_rows=max_bad_rows))
+    _tell_splits(shards, "SHARDS")
+    options: dict[str, Any] = {"rows_per_file": rows_per_file, "max_bad_rows": max_bad_rows, "split": split}
+    typer.echo(convert(shards, to, ties=ties.value, **options))
 
 
 @app.command()
@@ -63,13 +68,15 @@ def from_scores(
     pairs: Pairs = Which.best_worst,
     rule: Rules = Rule.total,
     min_margin: Margin = 0.0,
+    split: Split = None,
     max_bad_rows: MaxBadRows = 100,
 ) -> None:
     """Pair pictures of the same prompt by their rewards."""
     from raydiff.data import feedback
 
     labelling = feedback.Labelling(pairs.value, rule.value, min_margin)
-    typer.echo(feedback.from_scores(scored, to, reward or [], labelling, max_bad_rows=max_bad_rows))
+    _tell_splits([scored], "SCORED")
+    typer.echo(feedback.from_scores(scored, to, reward or [], labelling, max_bad_rows=max_bad_rows, split=split))
 
 
 @app.command()
@@ -130,6 +137,7 @@ def encode(
         raise ValueError('method.source is not "dataset": this run trains on no pairs')
     if found := faults(run):
         raise ValueError("\n".join(found))
+    _tell_splits([str(run.pairs.path)], "pairs.path")
     if ray and device is not None:
         raise ValueError(f"--device {device}: on Ray, pools.generate.num_gpus says it; leave --device or --ray out")
     if ray:
@@ -153,6 +161,15 @@ def _encoded_here(run: Run, device: str) -> Latents:
         return prepare(
             run.pairs, model, run.evaluate.batch, told=lambda done, pieces: progress.update(bar, completed=done, total=pieces)
         )
+
+
+def _tell_splits(paths: Sequence[str | Path], name: str) -> None:
+    """Say what is in a folder of splits, whichever is taken."""
+    from raydiff.data.files import told
+    from raydiff.data.preferences import rows_by_split
+
+    if rows := rows_by_split(paths, name):
+        typer.echo(f"{name} holds {told(rows)}", err=True)
 
 
 def _device() -> str:

@@ -179,6 +179,10 @@ class Pairs(Config):
 
     path: str | None = None
     """Parquet file, or folder of them, in the schema of raydiff.data.preferences; `raydiff pairs` makes one."""
+    split: str | None = None
+    """Split of `path`, where that is a data folder of several as Hugging Face lays them out, e.g. "train"; "all" for all."""
+    outside: bool = False
+    """Whether pictures that are given by path may lie anywhere; else only below the dataset's folder, links followed."""
     max_bad_rows: int = Field(100, ge=0)
     """Rows that may be left out, as a broken or too small picture, before training is refused; a file lists them."""
     enlarge: bool = False

@@ -37,12 +37,12 @@ def faults(run: Run, *, hub: bool = True) -> list[str]:
         except (ValueError, OSError) as error:
             found.append(f"evaluate.clip: {error}")
     try:
-        read_both(run.prompts)
+        read_both(run.prompts, run.model.tokenizers())
     except (ValueError, OSError) as error:
         found.append(str(error) if str(error).startswith("prompts") else f"prompts: {error}")
     if run.method.labelled or run.method.judged:
         try:
-            (Verdicts.read if run.method.judged else overview)(str(run.pairs.path))
+            (Verdicts.read if run.method.judged else overview)(str(run.pairs.path), split=run.pairs.split)
         except (ValueError, OSError) as error:
             found.append(str(error) if str(error).startswith("pairs") else f"pairs.path: {error}")
     if "://" not in run.storage and not _can_write(Path(run.storage)):

@@ -120,7 +120,7 @@ class Session:
         `told` hears how many of the missing pieces are done. Raises PairsError or OSError.
         """
         if self.method.judged:
-            self.verdicts = Verdicts.read(str(self.run.pairs.path))
+            self.verdicts = Verdicts.read(str(self.run.pairs.path), split=self.run.pairs.split)
             wanted = tickets(self.run, self.train_prompts, 0)
             for g in range(self.method.attempts):  # nobody's verdict is missed in the middle of the update
                 self.verdicts.of([prompt for prompt, _ in wanted], [mix(seed, g) for _, seed in wanted])

@@ -55,6 +55,21 @@ def test_from_a_shard_to_an_adapter(call: Call, tiny_run: Callable[..., Run], tm
     assert "adapter: " in out
 
 
+def published(folder: Path) -> Path:
+    """Two splits in one folder, as Hugging Face lays them out."""
+    folder.mkdir()
+    for n, name in enumerate(("test-00000-of-00001.parquet", "train-00000-of-00001.parquet")):
+        shards.pickapic(folder / name, 5 * (n + 1))
+    return folder
+
+
+def test_the_rows_of_each_split_are_told(call: Call, tmp_path: Path) -> None:
+    data = published(tmp_path / "data")
+    code, out, err = call("pairs", "from-pickapic", data, "--to", tmp_path / "pairs", "--split", "train")
+    assert (code, err) == (0, "SHARDS holds test 5 rows, train 10 rows\n")
+    assert out.startswith(f"{tmp_path}/pairs: 4 pairs in 1 files")
+
+
 def test_ai_feedback_from_a_recipe(call: Call, tiny_run: Callable[..., Run], tmp_path: Path) -> None:
     run = recipe(tiny_run, tmp_path, tmp_path / "pairs")
     code, out, err = call("pairs", "from-rewards", run, "--to", tmp_path / "pairs", "-n", 2, "--device", "cpu")
@@ -77,6 +92,19 @@ def test_ai_feedback_from_a_recipe(call: Call, tiny_run: Callable[..., Run], tmp
             "(no rewards: `raydiff score` adds them)",
         ),
         (["from-scores", "{here}/p.parquet", "--to", "{here}/new"], "--reward: there is none"),
+        (
+            ["from-pickapic", "{here}/data", "--to", "{here}/new"],
+            "SHARDS = '{here}/data' holds several splits of a dataset (test 5 rows, train 10 rows): --split NAME takes one",
+        ),
+        (
+            ["from-pickapic", "{here}/data", "--to", "{here}/new", "--split", "dev"],
+            "--split dev: SHARDS = '{here}/data' has no",
+        ),
+        (
+            ["from-scores", "{here}/data", "--to", "{here}/new", "--reward", "clip"],
+            "SCORED = '{here}/data' holds several splits",
+        ),
+        (["encode", "{here}/tiny.json", "pairs.path={here}/data"], "pairs.split = NAME takes one, 'all' all"),
         (["from-rewards", "{here}/tiny.json", "--to", "{here}/p.parquet"], "is a file; a dataset of pairs is a folder"),
         (["encode", "{here}/tiny.json"], "there is no column 'label'"),
         (["encode", "{here}/tiny.json", "method.kind=d3po"], "method: unknown key"),
@@ -87,9 +115,13 @@ def test_a_users_fault_is_one_plain_message(
     call: Call, tiny_run: Callable[..., Run], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     shards.pairs(tmp_path / "p.parquet", 3, label=None)
+    published(tmp_path / "data")
     recipe(tiny_run, tmp_path, tmp_path / "p.parquet")
     code, _, err = call("pairs", *(a.format(here=tmp_path) for a in arguments))
     assert code == 2
-    assert err.startswith("raydiff: ") and "Traceback" not in err
+    said = err.removeprefix("SHARDS holds test 5 rows, train 10 rows\n").removeprefix(
+        "SCORED holds test 5 rows, train 10 rows\n"
+    )
+    assert said.startswith("raydiff: ") and "Traceback" not in err
     assert message.format(here=tmp_path) in err
     assert not (tmp_path / "new").exists() and not (tmp_path / "p.parquet.latents").exists()

@@ -22,7 +22,7 @@ from torch import Tensor
 from raydiff.config import Run
 from raydiff.core.policy import checked
 from raydiff.core.preferences import Pairs, Rule, Which, preferred_pairs
-from raydiff.data import pieces, preferences
+from raydiff.data import images, pictures, pieces, preferences
 from raydiff.data.pieces import BadRow, PairsError, Part, Summary
 from raydiff.data.prompts import read_both
 from raydiff.pictures import to_bytes, to_pil
@@ -78,6 +78,7 @@ def from_scores(
     *,
     rows_per_file: int = 512,
     max_bad_rows: int = 100,
+    split: str | None = None,
 ) -> Summary:
     """Write pairs of a dataset of scored pictures (columns image, prompt, reward_NAME): those of one prompt are compared.
 
@@ -87,7 +88,7 @@ def from_scores(
     """
     labelling = labelling or Labelling()
     labelling.check(rewards)
-    pictures = _Scored(preferences.files(scored, "SCORED"), rewards)
+    pictures = _Scored(preferences.files(scored, "SCORED", split), rewards)
     chosen, dropped, bad = pictures.pairs(labelling)
     annotator, created = labelling.annotator(rewards), datetime.now(UTC)
 
@@ -128,7 +129,7 @@ class _Scored:
         groups: dict[str, list[int]] = defaultdict(list)
         values, dropped, bad = dict[int, list[float]](), Counter[str](), list[BadRow]()
         for row, prompt, numbers in self._scores():
-            if reason := preferences.bad_prompt(prompt) or _not_finite(self.rewards, numbers):
+            if reason := images.bad_prompt(prompt) or _not_finite(self.rewards, numbers):
                 bad.append(BadRow(*self._at(row), reason))
             else:
                 groups[str(prompt)].append(row)
@@ -154,7 +155,7 @@ class _Scored:
         rows = self._take(sorted({row for pair in chosen for row in pair.rows}))
         kept, bad = list[_Chosen](), dict[int, BadRow]()
         for pair in chosen:
-            faults = {row: preferences.bad_header(rows[row]["image"]) for row in pair.rows}
+            faults = {row: pictures.fault(rows[row]["image"]) for row in pair.rows}
             bad |= {row: BadRow(*self._at(row), f"column 'image': {why}") for row, why in faults.items() if why}
             if not any(faults.values()):
                 kept.append(pair)
@@ -199,7 +200,7 @@ class _Scored:
             names = [name for name in ("image", "prompt", "model", "adapters", "seed") if name in there]
             for first, batch in chain.from_iterable(preferences.batches(file, names, *near) for near in _runs(wanted)):
                 inside = [row - first for row in wanted if first <= row < first + len(batch)]
-                for i, image in zip(inside, preferences.encoded(batch.column("image").take(inside)), strict=True):
+                for i, image in zip(inside, images.encoded(batch.column("image").take(inside)), strict=True):
                     others = {name: batch.column(name)[i].as_py() for name in names if name != "image"}
                     found[start + first + i] = {"image": image, **others}
         return found
@@ -238,6 +239,7 @@ def from_rewards(
     artist = _Artist(run, labelling, tuple(adapters), range(seed, seed + n), prompts, device)
     made_from = {
         "model": run.model.model_dump(mode="json"),
+        "model's files": drawing.model_digest(run.model),
         "adapters": artist.origin,
         "sampler": run.sampler.model_dump(mode="json"),
         "rewards": run.rewards.model_dump(mode="json"),
@@ -255,6 +257,7 @@ def to_label(run: Run, to: str | Path, *, device: torch.device | str = "cpu") ->
 
     They are the run's own samples, by its seeds. Raises ValueError for a method that takes no labels, else as `pieces.write`.
     """
+    from raydiff.generate import model_digest
     from raydiff.session import Session
 
     if not run.method.judged:
@@ -278,7 +281,7 @@ def to_label(run: Run, to: str | Path, *, device: torch.device | str = "cpu") ->
         yield Part(preferences.table(columns, len(rows)))
 
     fields = ("model", "method", "prompts", "sampler", "batch", "seed")
-    made_from = run.model_dump(mode="json", include=set(fields))
+    made_from = run.model_dump(mode="json", include=set(fields)) | {"model's files": model_digest(run.model)}
     return pieces.write(to, preferences.schema(), made_from, pieces.split(0, run.batch.size, micro), make, 0)
 
 

@@ -15,15 +15,17 @@ These say what it takes to make a row's picture again. A reward is a column, and
 pandas and `avg(reward_clip)` in DuckDB work as they stand, Parquet keeps minimum and maximum of each, and adding one leaves
 the others alone. The prefix keeps a reward that is called "image" or "seed" apart.
 
-Other people's datasets need an image column, of encoded bytes or of Hugging Face's struct {bytes, path}, and one of prompts.
+Other people's datasets need an image column, of encoded bytes or of Hugging Face's struct {bytes, path} with bytes in it, and
+one of prompts. raydiff.data.pictures decodes what is in the cells.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from raydiff.data.files import is_bytes, is_text
 
 IMAGE, PROMPT, REWARD = "image", "prompt", "reward_"
 
@@ -94,20 +96,9 @@ def to_bytes(rows: Any) -> bytes:
 
 def check(there: Any, file: str, columns: Columns) -> None:
     """Raise ValueError, naming the file, the column and what is there, when a file's schema cannot be read as pictures."""
-    import pyarrow.types as types
-
-    def text(kind: Any) -> bool:
-        kind = kind.value_type if types.is_dictionary(kind) else kind
-        return types.is_string(kind) or types.is_large_string(kind)
-
-    def encoded(kind: Any) -> bool:
-        if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:  # Hugging Face's Image
-            kind = kind.field("bytes").type
-        return types.is_binary(kind) or types.is_large_binary(kind)
-
-    wanted = [(columns.image, "--image-column", encoded, "the bytes of an image file")]
+    wanted = [(columns.image, "--image-column", is_bytes, "the bytes of an image file")]
     if columns.prompt is not None:
-        wanted.append((columns.prompt, "--prompt-column", text, "text"))
+        wanted.append((columns.prompt, "--prompt-column", is_text, "text"))
     for name, option, fits, what in wanted:
         if there.names.count(name) != 1:
             raise ValueError(f"{file}: there is no column {name!r}; there are {', '.join(there.names)}; {option} names another")
@@ -115,32 +106,23 @@ def check(there: Any, file: str, columns: Columns) -> None:
             raise ValueError(f"{file}: column {name!r} is {kind}, and should be {what}; {option} names another")
 
 
-def cells(rows: Any, columns: Columns) -> list[tuple[bytes | None, str | None]]:
+def cells(rows: Any, columns: Columns) -> list[tuple[bytes | str | None, str | None]]:
     """(image file, prompt) of each row."""
-    import pyarrow.compute as compute
+    prompts = [""] * len(rows) if columns.prompt is None else rows[columns.prompt].to_pylist()
+    return list(zip(encoded(rows[columns.image]), prompts, strict=True))
+
+
+def encoded(column: Any) -> list[bytes | str | None]:
+    """An image column's cells: bytes, or paths; of Hugging Face's struct {bytes, path} the bytes, or else the path."""
     import pyarrow.types as types
 
-    images = rows[columns.image]
-    if types.is_struct(images.type):
-        images = compute.struct_field(images, "bytes")
-    prompts = [""] * len(rows) if columns.prompt is None else rows[columns.prompt].to_pylist()
-    return list(zip(images.to_pylist(), prompts, strict=True))
+    if not types.is_struct(column.type):
+        return list(column.to_pylist())
+    return [cell and (cell["bytes"] or cell.get("path")) for cell in column.to_pylist()]
 
 
 def bad_prompt(prompt: str | None) -> str:
     """Why a prompt cannot be used; "" when it can."""
-    return "no prompt" if prompt is None else "" if prompt.strip() else "empty prompt"
-
-
-def decode(image: bytes | None) -> tuple[Any, str]:
-    """(RGB PIL image, ""), or (None, why there is none)."""
-    from PIL import Image
-
-    if not image:
-        return None, "no image"
-    try:
-        with Image.open(io.BytesIO(image)) as picture:
-            return picture.convert("RGB"), ""
-    except Exception as error:  # each of Pillow's readers raises its own on broken bytes
-        text = "its bytes are no image file" if type(error).__name__ == "UnidentifiedImageError" else str(error)
-        return None, f"undecodable image: {text}"
+    if prompt is None:
+        return "no prompt"
+    return "a NUL byte in the prompt" if "\0" in prompt else "" if prompt.strip() else "empty prompt"

@@ -1,6 +1,7 @@
 """Latents of labelled pairs, encoded once: the posterior's mean AND standard deviation, so that training still samples it.
 
-A cache lies in PAIRS.latents/DIGEST/ beside the pairs, under a digest of the pairs' files, the encoder's weights and the size:
+A cache lies in PAIRS.latents/DIGEST/ beside the pairs, under a digest of the pairs' files, the files of pictures that
+they name, the encoder's weights and the size:
 
     rows-000000000000-000000000256.f32    (n,2,F,2,C,h,w) fp32: of each usable pair both sides, as it is and, with `pairs.flip`,
                                           mirrored, mean and std
@@ -37,7 +38,7 @@ from torch import Tensor
 from raydiff.config import Pairs
 from raydiff.core.denoise import mix
 from raydiff.core.policy import LatentModel
-from raydiff.data import pieces, preferences
+from raydiff.data import pictures, pieces, preferences
 from raydiff.data.pieces import BadRow, PairsError
 from raydiff.data.preferences import Pair
 from raydiff.rewards._images import centre_crop, resized  # the one resize and crop of this package
@@ -68,18 +69,26 @@ class Cache:
         """`batch`: pictures encoded at once. Raises as `preferences.overview` does."""
         assert pairs.path is not None
         self.pairs, self.model, self.batch = pairs, model, max(1, batch // 2)
-        there = preferences.overview(pairs.path)
+        there = preferences.overview(pairs.path, split=pairs.split)
+        self.files = [file for file, _ in there.files]
         self.pieces = list(_pieces(there))
         self.shape = (2, 1 + pairs.flip, 2, *model.latent_shape)
         about = {
-            "files by name, size and time": pieces.listing([file for file, _ in there.files]),
+            "what is read": self._source(),
+            "decoder": pictures.VERSION,
+            "outside": pairs.outside,
             "encoder": model.encoder_digest(),
             "pixels": model.picture_size,
             "enlarge": pairs.enlarge,
             "shape of a record": self.shape,
         }
+        self.source = about["what is read"]
         digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
         self.folder = Path(pairs.cache or f"{str(pairs.path).rstrip('/')}.latents") / digest
+
+    def _source(self) -> list[Any]:
+        """The files of pairs by name, size and time, and so the pictures that they name by path."""
+        return [pieces.listing(self.files), preferences.pictures_digest(self.files)]
 
     def missing(self) -> list[Piece]:
         """The pieces that are not finished; [] when the cache is whole."""
@@ -117,6 +126,8 @@ class Cache:
         import pyarrow.parquet as pq
 
         self.within(self.bad())
+        if self._source() != self.source:
+            raise PairsError(f"pairs.path = {self.pairs.path!r}: files of it changed while they were encoded; start again")
         tables = []
         for n, piece in enumerate(self.pieces):
             kept = json.loads(self._side(piece).read_text())
@@ -149,7 +160,9 @@ class Cache:
         """Usable pairs with their fitted pictures, (3,H,W) each; what is not usable goes to `bad`."""
 
         def usable() -> Iterator[tuple[Pair, tuple[Tensor, Tensor]]]:
-            for row in preferences.read(Path(piece.file), piece.start, piece.stop):
+            path = Path(str(self.pairs.path))
+            within = None if self.pairs.outside else path if path.is_dir() else path.parent
+            for row in preferences.read(Path(piece.file), piece.start, piece.stop, within):
                 if isinstance(row, Pair):
                     try:
                         first, second = (fitted(image, self.model.picture_size, self.pairs.enlarge) for image in row.images)

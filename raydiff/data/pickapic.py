@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from raydiff.data import pieces, preferences
+from raydiff.data import images, pictures, pieces, preferences
 from raydiff.data.pieces import BadRow, PairsError, Part, Summary
 from raydiff.data.preferences import FIRST, SECOND, TIE
 
@@ -32,15 +32,18 @@ def convert(
     rows_per_file: int = 2048,
     max_bad_rows: int = 100,
     source: str = "pickapic",
+    split: str | None = None,
 ) -> Summary:
     """Write the pairs of Pick-a-Pic's shards, files or folders of them, to the folder `to`.
+
+    Shards of several splits, as the published folder has them, are refused unless `split` names one, or is "all".
 
     Pictures are copied as the JPEGs that they are, a few rows at a time; whether one can be decoded is seen when its header is
     read here, and in full when it is encoded. Interrupted, the same call goes on after the files that are finished.
     Raises FileNotFoundError or PairsError before anything is written when a shard is not as published, and as
     `pieces.write` does.
     """
-    files = [file for shard in shards for file in preferences.files(shard, "SHARDS")]
+    files = preferences.files_of_all(shards, "SHARDS", split, "--split")
     starts, total = [], 0
     for file in files:
         parquet = preferences.opened(file)
@@ -74,7 +77,7 @@ def _parts(file: Path, start: int, stop: int, keep_ties: bool, source: str) -> I
     columns = [name for name in (*NEEDED, *TAKEN.values(), *_FLAGS) if name in names]
     for row, batch in preferences.batches(file, list(dict.fromkeys(columns)), start, stop):
         cells: dict[str, list[Any]] = {
-            name: preferences.encoded(batch.column(name)) if name.startswith("jpg") else batch.column(name).to_pylist()
+            name: images.encoded(batch.column(name)) if name.startswith("jpg") else batch.column(name).to_pylist()
             for name in batch.schema.names
         }
         dropped, bad, kept, labels = Counter[str](), list[BadRow](), list[int](), list[float]()
@@ -116,10 +119,10 @@ def _label(row: dict[str, Any], keep_ties: bool) -> tuple[float, str, str]:
 
 def _fault(row: dict[str, Any]) -> str:
     """Why a labelled row cannot be used, as far as it can be told without decoding pictures; "" when it can."""
-    if reason := preferences.bad_prompt(row["caption"]):
+    if reason := images.bad_prompt(row["caption"]):
         return f"column 'caption': {reason}"
     for name in ("jpg_0", "jpg_1"):
-        if reason := preferences.bad_header(row[name]):
+        if reason := pictures.fault(row[name]):
             return f"column {name!r}: {reason}"
     return ""
 

@@ -1,7 +1,7 @@
 """The one Parquet schema of labelled pairs, how it is read with plain faults, and how a dataset of it is written.
 
-    image_0, image_1        binary     an image file each, in any format that Pillow reads; or a string: the file's path, from
-                                       the Parquet file's folder if it is relative
+    image_0, image_1        binary     an image file each; or a string: the file's path, from the Parquet file's folder if it is
+                                       relative
     prompt                  string     of both
     label                   double     1: the first wins; 0: the second; 0.5: a tie
     annotator               string     who said so: a person's id, or the rewards and the rule
@@ -20,12 +20,17 @@ from, and may be absent or null. A dataset is one Parquet file, or a folder of t
 
 from __future__ import annotations
 
-import io
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raydiff.data.files import count, is_bytes, is_text, listed, of_split
+from raydiff.data.files import opened as opened_as
+from raydiff.data.images import bad_prompt, encoded
+from raydiff.data.pictures import decode
 from raydiff.data.pieces import BadRow, PairsError
 
 IMAGES, PROMPT, PROMPTS, LABEL = ("image_0", "image_1"), "prompt", ("prompt_0", "prompt_1"), "label"
@@ -93,23 +98,44 @@ def table(columns: Mapping[str, Any], rows: int) -> Any:
     return pa.table(arrays, schema=schema())
 
 
-def files(path: str | Path, name: str = "pairs.path") -> list[Path]:
-    """The Parquet files of a dataset. Raises FileNotFoundError, naming the field, when there is none."""
+def files(path: str | Path, name: str = "pairs.path", split: str | None = None, option: str = "--split") -> list[Path]:
+    """The Parquet files of a dataset. Raises FileNotFoundError, naming the field, when there is none; PairsError, with the rows
+    of each, when they are of several splits and `split`, which `option` sets, is none of them."""
+    return files_of_all([path], name, split, option)
+
+
+def files_of_all(paths: Sequence[str | Path], name: str, split: str | None, option: str) -> list[Path]:
+    """The Parquet files of several datasets, as `files` tells them of one."""
+    where = f"{name} = {', '.join(map(str, paths))!r}"
+    try:
+        return of_split([file for path in paths for file in _listed(path, name)], split, where, option, _rows)
+    except FileNotFoundError:
+        raise
+    except ValueError as error:
+        raise PairsError(str(error)) from None
+
+
+def rows_by_split(paths: Sequence[str | Path], name: str) -> dict[str, int]:
+    """Rows of each split that is named; {} when none is."""
+    found = [file for path in paths for file in _listed(path, name)]
+    return count(found, _rows) if any(split for _, split in found) else {}
+
+
+def _listed(path: str | Path, name: str) -> list[tuple[Path, str]]:
     if "://" in str(path):
         raise PairsError(f"{name} = {str(path)!r}: pairs are read from a disk; give a folder that every node sees")
-    found = Path(path)
-    if found.is_file():
-        return [found]
-    below = [f for f in sorted(found.rglob("*.parquet")) if f.is_file()]
-    below = [f for f in below if not any(part.startswith(("_", ".")) for part in f.relative_to(found).parts)]
-    if not below:
-        raise FileNotFoundError(
-            f"{name} = {str(path)!r}: there is no Parquet file; `raydiff pairs --help` tells how to make one"
-        )
-    return below
+    root = Path(path).expanduser()
+    try:  # as the path names them, links and all: pictures lie beside the name
+        return [(root / Path(info.path).relative_to(root.resolve()), split) for info, split in listed(path, name)[1]]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{str(error).partition(';')[0]}; `raydiff pairs --help` tells how to make one") from None
 
 
-def overview(path: str | Path, name: str = "pairs.path") -> Overview:
+def _rows(file: Path) -> int:
+    return int(opened(file).metadata.num_rows)
+
+
+def overview(path: str | Path, name: str = "pairs.path", split: str | None = None, option: str = "pairs.split") -> Overview:
     """Look at a dataset without its pictures.
 
     Raises FileNotFoundError, or PairsError for a file that is no Parquet, a missing column, no row, or nothing but ties.
@@ -117,7 +143,7 @@ def overview(path: str | Path, name: str = "pairs.path") -> Overview:
     import pyarrow.compute as pc
 
     found, rows, decided, ties = [], 0, 0, 0
-    for file in files(path, name):
+    for file in files(path, name, split, option):
         parquet = opened(file)
         _check(parquet.schema_arrow, file)
         groups = tuple(parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups))
@@ -138,13 +164,10 @@ def overview(path: str | Path, name: str = "pairs.path") -> Overview:
 
 def opened(file: Path) -> Any:
     """A pyarrow ParquetFile. Raises PairsError when it is none."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        return pq.ParquetFile(file, buffer_size=_BUFFER)
-    except pa.ArrowInvalid as error:
-        raise PairsError(f"{file}: is no Parquet file: {error}") from None
+        return opened_as(file, str(file), buffer_size=_BUFFER)
+    except ValueError as error:
+        raise PairsError(str(error)) from None
 
 
 def batches(file: Path, columns: Sequence[str], start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Any]]:
@@ -169,8 +192,11 @@ def batches(file: Path, columns: Sequence[str], start: int = 0, stop: int | None
             return
 
 
-def read(file: Path, start: int = 0, stop: int | None = None) -> Iterator[Pair | BadRow]:
-    """The rows of a range of a file, in order, decoded; ties are left out before their pictures are looked at."""
+def read(file: Path, start: int = 0, stop: int | None = None, within: Path | None = None) -> Iterator[Pair | BadRow]:
+    """The rows of a range of a file, in order, decoded; ties are left out before their pictures are looked at.
+
+    Pictures by path must lie below `within`; None: anywhere.
+    """
     names = opened(file).schema_arrow.names
     prompts = PROMPTS if set(PROMPTS) <= set(names) else (PROMPT,)
     for row, batch in batches(file, (*IMAGES, *prompts, LABEL), start, stop):
@@ -178,52 +204,42 @@ def read(file: Path, start: int = 0, stop: int | None = None) -> Iterator[Pair |
         texts = [batch.column(name).to_pylist() for name in prompts]
         for i, label in enumerate(batch.column(LABEL).to_pylist()):
             if label != TIE:
-                yield _pair(file, row + i, [side[i] for side in sides], [text[i] for text in texts], label)
+                images, said = [side[i] for side in sides], [text[i] for text in texts]
+                yield _pair(file, row + i, images, said, label, within)
 
 
-def encoded(column: Any) -> list[bytes | str | None]:
-    """An image column's cells: bytes, those of Hugging Face's struct {bytes, path}, or paths."""
-    import pyarrow.compute as pc
-    import pyarrow.types as types
+def pictures_digest(files: Sequence[Path]) -> str:
+    """SHA-256 over size and time of change of all pictures that the files name by path; what lies in a file is not told."""
+    total = hashlib.sha256()
+    for file in files:
+        for name in [column for image in IMAGES if (column := _path_column(opened(file).schema_arrow, image))]:
+            for _, batch in batches(file, [name]):
+                for cell in batch.column(0).to_pylist():
+                    path = cell["path"] if isinstance(cell, dict) else cell
+                    total.update(json.dumps([path, _state(file.parent, path)]).encode())
+    return total.hexdigest()
 
-    return (pc.struct_field(column, "bytes") if types.is_struct(column.type) else column).to_pylist()
+
+def _path_column(there: Any, name: str) -> str | None:
+    """The column of an image column's paths, None when it has none."""
+    kind = there.field(name).type
+    if is_text(kind):
+        return name
+    return f"{name}.path" if is_bytes(kind) and hasattr(kind, "get_field_index") and kind.get_field_index("path") >= 0 else None
 
 
-def decode(image: bytes | str | None, folder: Path) -> tuple[Any, str]:
-    """(RGB PIL image, ""), or (None, why there is none). A path is taken from `folder`."""
-    from PIL import Image
-
-    if not image:
-        return None, "no image"
+def _state(folder: Path, path: str | None) -> list[int] | None:
+    """Size and time of change of a picture, None when it is not there."""
     try:
-        with Image.open(folder / image if isinstance(image, str) else io.BytesIO(image)) as picture:
-            return picture.convert("RGB"), ""
-    except FileNotFoundError:
-        return None, f"there is no image file {image!r}"
-    except Exception as error:  # each of Pillow's readers raises its own on broken bytes
-        text = "its bytes are no image file" if type(error).__name__ == "UnidentifiedImageError" else str(error)
-        return None, f"undecodable image: {text}"
+        found = (folder / path).stat() if path else None
+    except (OSError, ValueError):
+        return None
+    return [found.st_size, found.st_mtime_ns] if found else None
 
 
-def bad_header(image: bytes | None) -> str:
-    """Why bytes are no image file, by their header alone; "" when they seem to be one."""
-    from PIL import Image
-
-    if not image:
-        return "no image"
-    try:
-        with Image.open(io.BytesIO(image)):
-            return ""
-    except Exception:
-        return "undecodable image: its bytes are no image file"
-
-
-def bad_prompt(prompt: str | None) -> str:
-    """Why a prompt cannot be used; "" when it can."""
-    return "no prompt" if prompt is None else "" if prompt.strip() else "empty prompt"
-
-
-def _pair(file: Path, row: int, images: Sequence[Any], prompts: Sequence[str | None], label: float | None) -> Pair | BadRow:
+def _pair(
+    file: Path, row: int, images: Sequence[Any], prompts: Sequence[str | None], label: float | None, within: Path | None
+) -> Pair | BadRow:
     def bad(reason: str) -> BadRow:
         return BadRow(str(file), row, reason)
 
@@ -233,7 +249,7 @@ def _pair(file: Path, row: int, images: Sequence[Any], prompts: Sequence[str | N
         return bad(f"column {PROMPT!r}: {reason}")
     if prompts[0] != prompts[-1]:
         return bad(f"columns {PROMPTS[0]!r} and {PROMPTS[1]!r} differ: {prompts[0]!r} and {prompts[1]!r} are no pair")
-    decoded = [decode(image, file.parent) for image in images]
+    decoded = [decode(image, file.parent, within) for image in images]
     for name, (_, reason) in zip(IMAGES, decoded, strict=True):
         if reason:
             return bad(f"column {name!r}: {reason}")
@@ -245,17 +261,15 @@ def _check(there: Any, file: Path) -> None:
     import pyarrow.types as types
 
     def image(kind: Any) -> bool:
-        if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-            kind = kind.field("bytes").type
-        return types.is_binary(kind) or types.is_large_binary(kind) or text(kind)
+        return is_bytes(kind) or is_text(kind)
 
-    def text(kind: Any) -> bool:
-        return types.is_string(kind) or types.is_large_string(kind)
+    def number(kind: Any) -> bool:
+        return types.is_floating(kind) or types.is_integer(kind)
 
     prompts = PROMPTS if set(PROMPTS) <= set(there.names) else (PROMPT,)
     wanted = [(name, image, "the bytes of an image file, or its path") for name in IMAGES]
-    wanted += [(name, text, "text") for name in prompts]
-    wanted += [(LABEL, types.is_floating, "a number: 1 the first wins, 0 the second, 0.5 a tie")]
+    wanted += [(name, is_text, "text") for name in prompts]
+    wanted += [(LABEL, number, "a number: 1 the first wins, 0 the second, 0.5 a tie")]
     for name, fits, what in wanted:
         if there.names.count(name) != 1:
             raise PairsError(

@@ -24,14 +24,14 @@ class Verdicts:
         self.path, self.shares = path, shares
 
     @classmethod
-    def read(cls, path: str | Path) -> Verdicts:
+    def read(cls, path: str | Path, split: str | None = None) -> Verdicts:
         """Of a dataset of pairs with prompts and seeds. Rows without a label are left out: nobody has looked at them yet.
 
         Raises FileNotFoundError or PairsError, with the row or column, when there is a label that is none.
         """
-        preferences.overview(path)
+        preferences.overview(path, split=split)
         won: dict[tuple[str, int], list[float]] = defaultdict(list)
-        for file in preferences.files(path):
+        for file in preferences.files(path, split=split, option="pairs.split"):
             names = preferences.opened(file).schema_arrow.names
             if missing := [name for name in SEEDS if name not in names]:
                 raise PairsError(

@@ -59,12 +59,13 @@ def generate(
     pool: Pool | None = None,
     rows_per_file: int = 256,
     max_bad_rows: int = 100,
+    split: str | None = None,
 ) -> Summary:
     """Draw every prompt with every seed; `to` ends in .parquet for a dataset, else it is a folder of PNGs.
 
-    The pictures are those of `raydiff.generate`, whatever the size of the pool. `rows_per_file` counts pictures. An interrupted
-    call is gone on with by the same call. Raises ConfigError, ValueError or OSError before anything starts when something is
-    missing, and BatchError.
+    The pictures are those of `raydiff.generate`, whatever the size of the pool. `rows_per_file` counts pictures, and `split` is
+    one of those that a folder of prompts has. An interrupted call is gone on with by the same call. Raises ConfigError,
+    ValueError or OSError before anything starts when something is missing, and BatchError.
     """
     drawing.check(adapters)
     model.preflight()
@@ -73,7 +74,7 @@ def generate(
     origin = drawing.origin(model.name, sampler, adapters)
     recipe = Recipe(model, sampler, tuple(adapters), tuple(seeds), batch_size, origin, drawing.model_digest(model))
     per_file = max(1, rows_per_file // len(seeds))
-    source = prompt_files.stream(prompts_file, "--prompts-file") if prompts_file else ()
+    source = prompt_files.stream(prompts_file, "--prompts-file", split, "--split") if prompts_file else ()
     count, digest = _copy(chain(prompts, chain.from_iterable(source)), output, per_file)
     if not count:
         raise ConfigError(f"--prompts-file {prompts_file}: there is no prompt in it")

@@ -15,8 +15,9 @@ import torch
 
 from raydiff.config import ConfigError, Pool, Run
 from raydiff.core.reward_vjp import weighted_sum
-from raydiff.data import images
+from raydiff.data import images, pictures
 from raydiff.data.files import locate, parquet_files
+from raydiff.data.files import opened as open_parquet
 from raydiff.data.images import Columns
 from raydiff.distributed import batch
 from raydiff.distributed.batch import BadRow, Output, Summary, Worker
@@ -40,12 +41,13 @@ def score(
     pool: Pool | None = None,
     rows_per_file: int = 256,
     max_bad_rows: int = 100,
+    split: str | None = None,
 ) -> Summary:
     """Write the dataset anew to `to` with a column for each reward: of a run, those held out and the total too.
 
     Other columns stay. A ticket is a whole row group, or several small ones of a file: more actors than tickets find no work.
-    An interrupted call is gone on with by the same call. Raises ConfigError, ValueError or OSError before anything starts when
-    something is missing, and BatchError.
+    A folder of several splits is refused unless `split` names one, or is "all". An interrupted call is gone on with by the same
+    call. Raises ConfigError, ValueError or OSError before anything starts when something is missing, and BatchError.
     """
     columns = columns or Columns()
     named, factors = _rewards(rewards)
@@ -55,7 +57,7 @@ def score(
     for name, reward in named.items():
         if not reward.runtime_env:
             _checked(f"rewards.{name}", reward)
-    tickets, files = _tickets(dataset, columns, rows_per_file)
+    tickets, files = _tickets(dataset, columns, rows_per_file, split)
     made_from = {
         "dataset": Folder(dataset).uri,
         "files by name, size and time": files,
@@ -120,8 +122,9 @@ class Scorer(Worker):
         reasons = [images.bad_prompt(prompt) if self.columns.prompt else "" for _, prompt in cells]
         parts = {name: np.full(len(rows), np.nan, np.float32) for name in self.names}
         wanted = [i for i, reason in enumerate(reasons) if not reason]
-        chunks = [wanted[i : i + self.batch_size] for i in range(0, len(wanted), self.batch_size)]
-        for chunk, decoded in _ahead(self.threads, chunks, lambda i: images.decode(cells[i][0])):
+        sizes = [pictures.pixels(cells[i][0]) for i in wanted]
+        chunks = _chunks(wanted, sizes, self.batch_size, pictures.MOST_PIXELS)
+        for chunk, decoded in _ahead(self.threads, chunks, lambda i: pictures.decode(cells[i][0])):
             found: list[Row] = []
             for i, (image, reason) in zip(chunk, decoded, strict=True):
                 reasons[i] = reason
@@ -169,21 +172,16 @@ def _checked(path: str, reward: RewardConfig) -> None:
         raise ConfigError(str(error) if str(error).startswith(path) else f"{path}: {error}") from None
 
 
-def _tickets(dataset: str, columns: Columns, size: int) -> tuple[list[dict[str, Any]], str]:
+def _tickets(dataset: str, columns: Columns, size: int, split: str | None) -> tuple[list[dict[str, Any]], str]:
     """(tickets, SHA-256 over the files' names, sizes and times of change).
 
     Raises ValueError for a file that is not as `columns` say, FileNotFoundError when there is none.
     """
-    import pyarrow.parquet as pq
-
-    system, files = parquet_files(dataset, "DATASET")
+    system, files = parquet_files(dataset, "DATASET", split)
 
     def footer(file: Any) -> list[int]:
-        with system.open_input_file(file.path) as opened:
-            try:
-                parquet = pq.ParquetFile(opened)
-            except ValueError as error:  # of which pyarrow's own errors are a kind
-                raise ConfigError(f"{file.path}: is no Parquet file: {error}") from None
+        with system.open_input_file(file.path) as stream:
+            parquet = open_parquet(stream, file.path)
             images.check(parquet.schema_arrow, file.path, columns)
             return [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
 
@@ -213,6 +211,19 @@ def _runs(rows: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
         count += n
     if count:
         yield first, len(rows)
+
+
+def _chunks(rows: Sequence[int], pixels: Sequence[int], most: int, most_pixels: int) -> Iterator[list[int]]:
+    """Rows in order, at most `most` together, and of no more pixels in all than `most_pixels`; one alone may have more."""
+    chunk, total = list[int](), 0
+    for row, size in zip(rows, pixels, strict=True):
+        if chunk and (len(chunk) == most or total + size > most_pixels):
+            yield chunk
+            chunk, total = [], 0
+        chunk.append(row)
+        total += size
+    if chunk:
+        yield chunk
 
 
 def _by_size(rows: Iterable[Row]) -> Iterable[list[Row]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -37,6 +37,10 @@ class ModelConfig(PluginConfig):
     def name(self) -> str:
         """What pictures of it say that they were made with."""
         return self.kind
+
+    def tokenizers(self) -> list[Any]:
+        """What turns prompts into the tokens that the model sees, as transformers has it; [] where that is not here."""
+        return []
 
     def build(
         self, device: torch.device | str = "cpu", *, seed: int = 0, reference: bool = False, checkpointing: bool = True

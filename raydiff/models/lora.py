@@ -159,6 +159,7 @@ def _attach(denoiser: Any, name: str, layers: Mapping[str, Layer]) -> None:
         for half, given in ((part.lora_A[name].weight, layer.down), (part.lora_B[name].weight, layer.up)):
             if not torch.equal(half.detach(), given.to(half)):
                 raise RuntimeError(f"diffusers did not load the adapter's tensors of {module}")
+            half.data = given.to(half.device, torch.float32)  # as `add` trains it, whatever the base's dtype
         if part.scaling[name] != layer.scale:
             raise RuntimeError(f"{module} runs its adapter at {part.scaling[name]}, and alpha / rank is {layer.scale}")
 

@@ -46,6 +46,15 @@ class Plugin(ModelConfig):
     def folder(self) -> str:
         return str(assets.path("pipeline")) if self.path == "embedded" else self.path
 
+    def tokenizers(self) -> list[Any]:
+        from transformers import AutoTokenizer
+
+        options = {"subfolder": "tokenizer", "revision": self.revision, "local_files_only": True}
+        try:
+            return [AutoTokenizer.from_pretrained(self.folder(), **options)]
+        except (OSError, ValueError):  # a hub id that is not in the cache
+            return []
+
     def preflight(self) -> None:
         """Raise, naming the file, the field or the tensor, unless what is there can be read: configs and the weights' headers.
 

@@ -9,8 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from raydiff.data import files, images, prompts
+from raydiff.config import rewards
+from raydiff.data import files, images, pictures
 from raydiff.data.images import Columns
+from raydiff.distributed.batch import Output
+from raydiff.distributed.score_batch import Scorer
 
 MADE_FROM = {
     "model": "embedded", "model_digest": None, "dtype": "float32", "sampler": "{}", "raydiff": "0",
@@ -93,32 +96,57 @@ def test_other_peoples_columns_are_read(image: pa.DataType, prompt: pa.DataType)
     assert [p for _, p in images.cells(table, Columns("picture", None))] == ["", ""]
 
 
-def test_what_cannot_be_used_says_why() -> None:
-    assert images.decode(None) == (None, "no image")
-    assert images.decode(b"") == (None, "no image")
-    assert images.decode(b"not a picture") == (None, "undecodable image: its bytes are no image file")
-    image, reason = images.decode(encoded()[:-30])
-    assert image is None
-    assert reason.startswith("undecodable image: ")
+def test_a_prompt_that_is_none_says_why() -> None:
     assert [images.bad_prompt(p) for p in (None, "", " \n", "a")] == ["no prompt", "empty prompt", "empty prompt", ""]
+    assert images.bad_prompt("a\0c") == "a NUL byte in the prompt"
 
 
-@pytest.mark.parametrize(("mode", "kind"), [("RGB", "PNG"), ("L", "PNG"), ("RGBA", "PNG"), ("P", "GIF"), ("CMYK", "JPEG")])
-def test_every_kind_of_picture_becomes_rgb(mode: str, kind: str) -> None:
-    image, reason = images.decode(encoded(mode, kind))
-    assert (image.mode, image.size, reason) == ("RGB", (4, 6), "")
+def test_a_struct_without_bytes_gives_its_path() -> None:
+    """As Hugging Face's datasets keep pictures that they did not take in; what reads bytes alone says so of the row."""
+    column = pa.array([{"bytes": encoded(), "path": "a.png"}, {"bytes": None, "path": "b.png"}, None])
+    assert images.encoded(column) == [encoded(), "b.png", None]
+    assert images.encoded(pa.array(["a.png", None])) == ["a.png", None]
 
 
-def test_prompts_stream_from_text_and_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "_SOME", 2)
-    text, table, other = (str(tmp_path / name) for name in ("p.txt", "p.parquet", "other.parquet"))
-    Path(text).write_text("a\n\n  ü b \nc", encoding="utf-8")
-    assert list(prompts.stream(text, "x")) == [["a", "ü b"], ["c"]]
-    pq.write_table(pa.table({"n": [1, 2, 3], "prompt": ["a", "", None]}), table)
-    assert list(prompts.stream(table, "x")) == [["a", ""], [None]]
-    pq.write_table(pa.table({"caption": ["a"]}), other)
-    with pytest.raises(ValueError, match=r"--prompts-file: .*other\.parquet has no column 'prompt'; there are caption"):
-        list(prompts.stream(other, "--prompts-file"))
-    for missing in ("/nowhere.txt", "/nowhere.parquet"):
-        with pytest.raises(FileNotFoundError, match="--prompts-file = '/nowhere"):
-            list(prompts.stream(missing, "--prompts-file"))
+class Scored:
+    """What a scorer makes of pictures, in one process."""
+
+    def __init__(self, files: list[bytes | None], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.together: list[tuple[int, ...]] = []
+        real = Scorer._score
+        monkeypatch.setattr(Scorer, "_score", lambda *a: (self.together.append(tuple(i for i, *_ in a[1])), real(*a)))
+        scorer = Scorer(Output("unused"), rewards({"blue": "colour"}), None, Columns(prompt=None), "unused", 4, 256, "cpu")
+        table = pa.table({"image": pa.array(files, pa.binary())})
+        data, self.bad = scorer.make(0, table, {"start": 0, "file": "x", "row": 0})
+        self.rows = pq.read_table(io.BytesIO(data))
+
+
+def sized(side: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), (30, 60, 230)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_batch_has_no_more_pixels_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few large pictures are scored together, and the rewards are those of one by one; what is too large alone is a bad row."""
+    files = [sized(side) for side in (64, 64, 64, 64, 100, 64, 10, 10, 10, 10, 10)]
+    alone = Scored(files, monkeypatch)
+    assert alone.together == [(0, 1, 2, 3), (4,), (5,), (6, 7), (8, 9, 10)]  # of one size, of four rows
+    monkeypatch.setattr(pictures, "MOST_PIXELS", 2 * 64 * 64)
+    few = Scored(files, monkeypatch)
+    assert few.together == [(0, 1), (2, 3), (5,), (6, 7, 8), (9, 10)]
+    assert [(row.row, "100 × 100 = 10,000 pixels" in row.reason) for row in few.bad] == [(4, True)]
+    expected = alone.rows["reward_blue"].to_pylist()
+    assert few.rows["reward_blue"].to_pylist() == pytest.approx(expected[:4] + expected[5:], abs=1e-6)
+
+
+def test_what_is_scored_is_upright_and_on_white(monkeypatch: pytest.MonkeyPatch) -> None:
+    blue = Image.new("RGBA", (8, 8), (0, 0, 255, 0))
+    file = io.BytesIO()
+    Image.fromarray(np.dstack([np.asarray(blue)[..., :3], np.eye(8, dtype=np.uint8) * 255])).save(file, "PNG")
+    shown = np.where(np.eye(8)[..., None] > 0, (0, 0, 255), (255, 255, 255)).astype(np.uint8)
+    white = io.BytesIO()
+    Image.fromarray(shown).save(white, "PNG")
+    found = Scored([file.getvalue(), white.getvalue(), None], monkeypatch)
+    first, second = found.rows["reward_blue"].to_pylist()
+    assert first == second and [(row.row, row.reason) for row in found.bad] == [(2, "no image")]

@@ -1,6 +1,8 @@
 """The latent cache: what a record is, that it is made once and shared out, and that it is never held whole."""
 
+import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -242,3 +244,95 @@ def test_the_cache_says_no_model_fits(tiny_run: Callable[..., Any], tmp_path: Pa
     assert [fault for fault in faults(run) if fault.startswith("pairs.path = ") and "there is no Parquet file" in fault]
     file = shards.pairs(tmp_path / "p.parquet", 3, label=None)
     assert [fault for fault in faults(override(run, {"pairs.path": str(file)})) if "there is no column 'label'" in fault]
+
+
+def by_path(folder: Path, structs: bool = False) -> Path:
+    """Pairs whose pictures are files beside them."""
+    folder.mkdir()
+    for n in range(3):
+        for side, rgb in enumerate((shards.BLUE, shards.RED)):
+            (folder / f"{n}-{side}.png").write_bytes(shards.picture(rgb, n, (16, 16), "PNG"))
+    names = [[f"{n}-{side}.png" for n in range(3)] for side in (0, 1)]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    cells = [pa.array([{"bytes": None, "path": n} for n in some], kind) if structs else some for some in names]
+    return shards.pairs(folder / "p.parquet", 3, image_0=cells[0], image_1=cells[1], label=[1.0] * 3, x=None)
+
+
+@pytest.mark.parametrize("structs", [False, True], ids=["paths", "structs"])
+def test_a_picture_that_is_mended_on_the_disk_is_encoded_anew(tmp_path: Path, model: Model, structs: bool) -> None:
+    file = by_path(tmp_path / "data", structs)
+    first = encode(file, model)
+    assert encode(file, model).folder == first.folder
+    (tmp_path / "data/1-0.png").write_bytes(shards.picture(shards.RED, 9, (16, 16), "PNG"))
+    mended = encode(file, model)
+    assert mended.folder != first.folder
+    old, new = (cache.read([0, 1, 2], seeds(3))[0] for cache in (first, mended))
+    assert torch.equal(old[0], new[0]) and torch.equal(old[1, 1], new[1, 1]) and not torch.equal(old[1, 0], new[1, 0])
+
+
+def test_a_picture_that_comes_later_and_a_touched_one_are_seen(tmp_path: Path, model: Model) -> None:
+    file = by_path(tmp_path / "data")
+    kept = (tmp_path / "data/2-1.png").read_bytes()
+    (tmp_path / "data/2-1.png").unlink()
+    folders = [encode(file, model).folder]
+    assert len(encode(file, model)) == 2
+    (tmp_path / "data/2-1.png").write_bytes(kept)
+    assert len(encode(file, model)) == 3
+    folders.append(encode(file, model).folder)
+    os.utime(tmp_path / "data/0-0.png", ns=(0, 0))  # same size, other time
+    folders.append(encode(file, model).folder)
+    assert len(set(folders)) == 3
+
+
+def test_what_changes_while_it_is_encoded_is_told(tmp_path: Path, model: Model) -> None:
+    file = by_path(tmp_path / "data")
+    cache = Cache(Pairs(path=str(file)), model, 8)
+    for piece in cache.missing():
+        cache.make(piece)
+    os.utime(tmp_path / "data/0-0.png", ns=(0, 0))
+    with pytest.raises(PairsError, match=r"pairs.path = .*: files of it changed while they were encoded; start again"):
+        cache.finish()
+    assert not (cache.folder / "index.parquet").exists()
+
+
+def test_pictures_by_path_lie_below_the_datasets_folder_unless_allowed(tmp_path: Path, model: Model) -> None:
+    by_path(tmp_path / "data")
+    (tmp_path / "data" / "inner").mkdir()
+    for name in ("inner/p.parquet", "../p.parquet"):
+        here = "../" if name.startswith("inner") else "data/"
+        table = pq.read_table(tmp_path / "data" / "p.parquet").to_pydict()
+        table |= {f"image_{side}": [f"{here}{n}-{side}.png" for n in range(3)] for side in (0, 1)}
+        pq.write_table(pa.table(table), tmp_path / "data" / name)
+    (tmp_path / "data" / "p.parquet").unlink()
+    assert len(encode(tmp_path / "data", model)) == 3  # inner/p.parquet goes up, and stays in the dataset
+    assert len(encode(tmp_path / "p.parquet", model)) == 3
+    with pytest.raises(PairsError, match="no pair can be used"):
+        encode(tmp_path / "data" / "inner", model)
+    (listed, *_) = (tmp_path / "data").glob("inner.latents/*/bad_rows.jsonl")
+    assert "'../0-0.png' lies outside of the dataset's folder" in json.loads(listed.read_text().splitlines()[0])["reason"]
+    assert len(encode(tmp_path / "data" / "inner", model, outside=True)) == 3
+
+
+def test_pictures_are_encoded_upright_and_on_white(tmp_path: Path, model: Model) -> None:
+    """A turned JPEG-like file and a transparent one give the latents of what a viewer shows."""
+    rng = np.random.default_rng(0)
+    plain = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))
+    exif, veil = Image.Exif(), Image.fromarray(rng.integers(0, 2, (16, 16), np.uint8) * 255)
+    exif[274] = 6
+    veiled, files = plain.copy(), {}
+    veiled.putalpha(veil)
+    white = Image.composite(plain, Image.new("RGB", (16, 16), "white"), veil)
+    turned = plain.rotate(90)
+    for name, picture, options in (
+        ("plain", plain, {}),
+        ("turned", turned, {"exif": exif}),
+        ("veiled", veiled, {}),
+        ("white", white, {}),
+    ):
+        out = io.BytesIO()
+        picture.save(out, "PNG", **options)
+        files[name] = out.getvalue()
+    rows = {"image_0": [files["plain"], files["turned"]], "image_1": [files["white"], files["veiled"]]}
+    cached = encode(shards.pairs(tmp_path / "p.parquet", 2, label=[1.0, 1.0], **rows), model)
+    latents_of = cached.read([0, 1], seeds(1).repeat(2, 1))[0]
+    assert torch.equal(latents_of[0], latents_of[1])

@@ -1,6 +1,7 @@
 """Datasets of pairs: the schema, Pick-a-Pic's shards, pairs from rewards, and what is told of files that cannot be used."""
 
 import json
+import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,10 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
 
 from raydiff.config import Run
 from raydiff.data import feedback, pickapic, preferences
 from raydiff.data.feedback import Labelling
+from raydiff.data.pictures import NO_IMAGE
 from raydiff.data.pieces import BadRow, PairsError
 from raydiff.data.preferences import Pair
 from tests.data import shards
@@ -78,7 +81,7 @@ def test_pickapic_is_converted_as_published(tmp_path: Path) -> None:
     assert (done.pairs, done.files, done.made, done.bad) == (13, 5, 5, 1)
     assert done.dropped == {"tie": 7, "no label": 7, "the same picture twice": 7}
     listed = [json.loads(line) for line in (tmp_path / "pairs.parquet/_raydiff/bad_rows.jsonl").read_text().splitlines()]
-    assert listed == [{"file": str(one), "row": 5, "reason": "column 'jpg_0': undecodable image: its bytes are no image file"}]
+    assert listed == [{"file": str(one), "row": 5, "reason": f"column 'jpg_0': undecodable image: {NO_IMAGE}"}]
     rows = pq.read_table(preferences.files(tmp_path / "pairs.parquet"), schema=preferences.schema()).to_pylist()
     source = pq.read_table(two).to_pylist()[2]  # row 25 of all: KINDS[0]
     (row,) = [row for row in rows if row["uid_0"] == "uid-25-0"]
@@ -201,7 +204,7 @@ def test_bad_rows_name_their_column(tmp_path: Path) -> None:
     shards.pairs(tmp_path / "p.parquet", rows, prompt=None, **columns)
     assert len(usable(tmp_path / "p.parquet")) == 1
     reasons = bad(tmp_path / "p.parquet")
-    assert reasons[:2] == ["column 'image_0': no image", "column 'image_0': undecodable image: its bytes are no image file"]
+    assert reasons[:2] == ["column 'image_0': no image", f"column 'image_0': undecodable image: {NO_IMAGE}"]
     assert reasons[2].startswith("column 'image_0': undecodable image: ")
     assert reasons[3] == "columns 'prompt_0' and 'prompt_1' differ: 'a' and 'b' are no pair"
     assert reasons[4:] == ["column 'prompt': no prompt", "column 'label': 0.3 is none of 1, 0.5 and 0"]
@@ -312,3 +315,32 @@ def test_ai_feedback_draws_scores_and_pairs(tiny_run: Callable[..., Run], tmp_pa
     assert feedback.from_rewards(run, tmp_path / "pairs", Labelling("all"), n=3, seed=7, prompts_per_file=2).made == 0
     with pytest.raises(ValueError, match="one picture of a prompt makes no pair"):
         feedback.from_rewards(run, tmp_path / "other", n=1)
+
+
+def test_pairs_that_were_begun_with_another_model_are_not_gone_on_with(
+    tiny_run: Callable[..., Run], tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    """The folder's name is the same, and what lies in it is not."""
+    shutil.copytree(tiny_pipeline, tmp_path / "model")
+    run = tiny_run("diffusion_dpo", {"model.path": str(tmp_path / "model")})
+    feedback.from_rewards(run, tmp_path / "pairs", n=2)
+    (weights,) = (tmp_path / "model/vae").glob("*.safetensors")
+    tensors = load_file(weights)
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name] + 1}, weights, {"format": "pt"})
+    with pytest.raises(PairsError, match="made from other settings: model's files"):
+        feedback.from_rewards(run, tmp_path / "pairs", n=2)
+
+
+@pytest.mark.parametrize("kind", [pa.int8(), pa.int64(), pa.float32(), pa.float64()])
+def test_labels_of_any_number_are_read(tmp_path: Path, kind: pa.DataType) -> None:
+    shards.pairs(tmp_path / "p.parquet", 3, label=pa.array([1, 0, 1], kind), x=None)
+    assert preferences.overview(tmp_path / "p.parquet").decided == 3
+    assert [pair.label for pair in usable(tmp_path / "p.parquet")] == [1, 0, 1]
+
+
+def test_a_picture_by_path_in_a_file_that_should_hold_it_is_a_bad_row(tmp_path: Path) -> None:
+    file = scored(tmp_path / "s.parquet", image=["x.png"] * 8)
+    with pytest.raises(PairsError, match="not one pair came of it"):
+        feedback.from_scores(file, tmp_path / "pairs", ["clip"])
+    assert "'x.png' is a path, and here the bytes" in (tmp_path / "pairs/_raydiff/bad_rows.jsonl").read_text()

@@ -18,6 +18,7 @@ from raydiff import generate as drawing
 from raydiff.config import ConfigError, Pool, Run, Sampler, rewards
 from raydiff.data import images
 from raydiff.data.images import Columns
+from raydiff.data.pictures import NO_IMAGE
 from raydiff.distributed.batch import ABOUT, BAD_ROWS, BatchError
 from raydiff.distributed.generate_batch import generate
 from raydiff.distributed.score_batch import score
@@ -252,7 +253,7 @@ def test_other_peoples_datasets_with_rows_that_cannot_be_used(cluster: str, tmp_
     ]
     assert scored["reward_blue"].to_pylist() == [float(d) for d in direct]
     assert [(Path(row["file"]).name, row["row"], row["reason"]) for row in bad_rows(to)] == [
-        ("a.parquet", 1, "undecodable image: its bytes are no image file"),
+        ("a.parquet", 1, f"undecodable image: {NO_IMAGE}"),
         ("a.parquet", 3, "empty prompt"),
         ("a.parquet", 4, "no image"),
         ("a.parquet", 5, "reward blue is nan"),
