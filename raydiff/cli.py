@@ -276,7 +276,6 @@ def evaluate(
     reward: Annotated[
         list[str] | None, typer.Option(metavar="NAME=KIND", help="One more reward to judge by; may be repeated.")
     ] = None,
-    resamples: Annotated[int, typer.Option(min=1, help="Bootstrap resamples of the prompts, for the intervals.")] = 10_000,
     to: Annotated[Path, typer.Option(metavar="FOLDER", help="Where evaluation.json and grid.png go.")] = Path("evaluation"),
     mlflow: Annotated[bool | None, typer.Option(help="Log to MLflow too; default: where it is installed.")] = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
@@ -298,10 +297,7 @@ def evaluate(
     from raydiff.generate import Adapter
 
     sides = Adapter.parse(adapter), None if against == "base" else Adapter.parse(against)
-    bootstrap = judging.Bootstrap(resamples=resamples, seed=run.evaluate.seed)
-    report = judging.evaluate(
-        run, *sides, images=images, per_prompt=per_prompt, bootstrap=bootstrap, device=_device(device), progress=_progress
-    )
+    report = judging.evaluate(run, *sides, images=images, per_prompt=per_prompt, device=_device(device), progress=_progress)
     files = report.write(to, run.evaluate.grid)
     typer.echo("\n".join([*report.lines(), *map(str, files)]))
     if mlflow or (mlflow is None and importlib.util.find_spec("mlflow")):

@@ -1,7 +1,7 @@
 """Does an adapter win? It and the base, or another adapter, draw the same held-out prompts with the same seeds, and are scored.
 
 Pictures come from `raydiff.generate`: what a user of the adapter will see, rounded to bytes. Prompts are what varies: pictures
-of one prompt count together, and intervals resample prompts, the same ones for both sides.
+of one prompt count together, and intervals are for other prompts, the same ones for both sides.
 Legend: P prompts, K pictures of each, E embedding width.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raydiff import generate, pictures
+from raydiff import generate, pictures, statistics
 from raydiff.config import Run
 from raydiff.core.denoise import mix
 from raydiff.core.guard import diversity
@@ -26,38 +26,11 @@ from raydiff.core.policy import checked
 from raydiff.data.prompts import read_both
 from raydiff.generate import Adapter
 from raydiff.session import Picture, Scores
+from raydiff.statistics import Interval
 
 REWARD = "reward/"
 RESULT, GRID = "evaluation.json", "grid.png"
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate, and where it lies with the given confidence."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
-
-
-@dataclass(frozen=True)
-class Bootstrap:
-    """The percentile bootstrap of a mean (Efron 1979)."""
-
-    resamples: int = 10_000
-    confidence: float = 0.95
-    seed: int = 0
-
-    def mean(self, values: np.ndarray) -> Interval:
-        """Of values (P,), one a prompt. One seed means the same resampled prompts for every measure and side: paired."""
-        rows = np.random.default_rng(self.seed).integers(len(values), size=(self.resamples, len(values)))
-        tail = (1 - self.confidence) / 2
-        low, high = np.quantile(values[rows].mean(1), [tail, 1 - tail])
-        return Interval(float(values.mean()), float(low), float(high))
 
 
 @dataclass(frozen=True)
@@ -70,12 +43,12 @@ class Compared:
     win_rate: Interval | None  # of the adapter's pictures, ties counted half; None for what no single picture has
 
     @classmethod
-    def of(cls, ours: np.ndarray, theirs: np.ndarray, bootstrap: Bootstrap) -> Compared:
+    def of(cls, ours: np.ndarray, theirs: np.ndarray) -> Compared:
         """Values of pictures (P,K) or of prompts (P,), the same prompts and seeds on both sides."""
         pictures = ours.ndim == 2
-        won = wins(ours, theirs) if pictures else None
+        won = statistics.rate(wins(ours, theirs), ours.shape[1]) if pictures else None
         a, b = (side.mean(1) if pictures else side for side in (ours, theirs))
-        return cls(bootstrap.mean(a), bootstrap.mean(b), bootstrap.mean(a - b), None if won is None else bootstrap.mean(won))
+        return cls(statistics.mean(a), statistics.mean(b), statistics.mean(a - b), won)
 
 
 @dataclass(frozen=True)
@@ -98,13 +71,13 @@ class Report:
         return flat
 
     def lines(self) -> list[str]:
-        """For a person: a line for each measure."""
+        """For a person: a line for each measure, and warnings."""
         against = self.about["against"] or "base"
         lines = [f"{self.about['prompts']} prompts, {self.about['per_prompt']} pictures of each; against {against}"]
         for name, m in self.measures.items():
             won = f"  wins {m.win_rate}" if m.win_rate else ""
             lines.append(f"{name:20} {m.adapter.value:.4f} against {m.against.value:.4f}  difference {m.difference}{won}")
-        return lines
+        return lines + [f"warning: {text}" for text in self.about["warnings"]]
 
     def write(self, folder: str | Path, shown: int) -> list[Path]:
         """evaluation.json with every picture's numbers, and grid.png of the first `shown`, if any: the paths are returned."""
@@ -131,7 +104,6 @@ def evaluate(
     *,
     images: int = 64,
     per_prompt: int = 4,
-    bootstrap: Bootstrap | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Report:
@@ -145,7 +117,6 @@ def evaluate(
     sides = [[adapter], [against] if against else []]
     for side in sides:
         generate.check(side)
-    bootstrap = bootstrap or Bootstrap(seed=run.evaluate.seed)
     pairs, count, each = to_draw(run, read_both(run.prompts)[1], images, per_prompt)
     judge = Judge(run, device)
     ours, theirs = (
@@ -158,14 +129,15 @@ def evaluate(
         "against": str(against.folder) if against else None,
         "prompts": count,
         "per_prompt": each,
-        "bootstrap": asdict(bootstrap),
+        "confidence": statistics.CONFIDENCE,
+        "warnings": [text for text in [statistics.few(count)] if text],
         "clip": run.evaluate.clip,
         "made_from": {
             name: generate.origin(run.model.name, run.sampler, side)
             for side, name in zip(sides, ("adapter", "against"), strict=True)
         },
     }
-    return Report(about, compare(ours, theirs, count, bootstrap), ours, theirs)
+    return Report(about, compare(ours, theirs, count), ours, theirs)
 
 
 def to_draw(run: Run, prompts: Sequence[str], images: int, per_prompt: int) -> tuple[list[tuple[str, int]], int, int]:
@@ -231,16 +203,16 @@ class Judge:
         ]  # fmt: skip
 
 
-def compare(ours: Sequence[Picture], theirs: Sequence[Picture], prompts: int, bootstrap: Bootstrap) -> dict[str, Compared]:
+def compare(ours: Sequence[Picture], theirs: Sequence[Picture], prompts: int) -> dict[str, Compared]:
     """Every measure of two sides' pictures, which are of `prompts` prompts in turn."""
 
     def values(side: Sequence[Picture], name: str) -> np.ndarray:  # (P,K)
         return np.array([p.rewards[name] for p in side]).reshape(-1, prompts).T
 
-    measures = {name: Compared.of(values(ours, name), values(theirs, name), bootstrap) for name in ours[0].rewards}
+    measures = {name: Compared.of(values(ours, name), values(theirs, name)) for name in ours[0].rewards}
     if ours[0].embedding is not None and len(ours) > prompts:
         a, b = (np.array([diversity(_embeddings(side[p::prompts])) for p in range(prompts)]) for side in (ours, theirs))
-        measures["diversity"] = Compared.of(a, b, bootstrap)
+        measures["diversity"] = Compared.of(a, b)
     return measures
 
 

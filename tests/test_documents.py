@@ -108,7 +108,7 @@ LONG = {  # in a sweep file
 }
 SMALL = {  # options that a command gets behind its own
     "train": ["train.updates=1", "evaluate.images=4", "evaluate.drift_images=0", "sampler.steps=2", "batch.size=4", "batch.micro=2"],
-    "evaluate": ["--images=4", "--per-prompt=2", "--resamples=50"],
+    "evaluate": ["--images=4", "--per-prompt=2"],
     "generate": ["--steps=2"],
     "from-rewards": ["sampler.steps=2", 'prompts.train=["a cat", "a dog"]'],
     "encode": ["sampler.steps=2"],

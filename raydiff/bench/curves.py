@@ -1,4 +1,4 @@
-"""Learning curves from records, and what they cost to a threshold, with bootstrap intervals.
+"""Learning curves from records, and what they cost to a threshold, with intervals over seeds and held-out prompts.
 
 Legend: R seeds, E evaluations, P pictures, N resamples.
 """
@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from raydiff import statistics
 from raydiff.bench.measure import COSTS
 from raydiff.bench.settings import Keep, Settings
 
-RESAMPLES = 2000
+RESAMPLES = 400  # of the prompts, for a standard deviation
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Curve:
         """
         reward = self.rewards["total"]
         level = reward[0].mean() + (reward - reward[0])[:, pictures].mean(1)
-        return crossing(cost, np.where(self.aligned, level, -np.inf), threshold)
+        return statistics.price(cost, level, self.aligned, threshold)
 
     def mean(self, name: str = "total") -> np.ndarray:
         """(E,) over pictures."""
@@ -67,28 +68,10 @@ def record_file(folder: Path, task: str, method: str, seed: int) -> Path:
     return folder / "runs" / f"{task}-{method}-{seed}.json"
 
 
-def crossing(cost: np.ndarray, reward: np.ndarray, threshold: float) -> float:
-    """Cost (E,) at which the reward (E,) first reaches a threshold, linear between evaluations; inf if it never does.
-
-    A reward of -inf does not count, nor does what lies between it and the next.
-    """
-    above = np.flatnonzero(reward >= threshold)
-    if not len(above):
-        return float("inf")
-    i = above[0]
-    if i == 0 or np.isinf(reward[i - 1]):
-        return float(cost[i])
-    share = (threshold - reward[i - 1]) / (reward[i] - reward[i - 1])
-    return float(cost[i - 1] + share * (cost[i] - cost[i - 1]))
-
-
 @dataclass(frozen=True)
-class Estimate:
-    """A figure with its 95 % interval; inf: the threshold was not reached. `least` is what it then exceeds, if known."""
+class Estimate(statistics.Interval):
+    """inf: the threshold was not reached. `least` is what it then exceeds, if known."""
 
-    value: float
-    low: float
-    high: float
     least: float = float("inf")
 
     def __str__(self) -> str:
@@ -97,22 +80,16 @@ class Estimate:
         return f"{number(self.value)} [{number(self.low)}, {number(self.high) if np.isfinite(self.high) else '∞'}]"
 
 
-@dataclass(frozen=True)
-class Draws:
-    """N resamples of seeds and, within each, of prompts: the same for all methods, so that ratios are paired."""
+Draws = Sequence[
+    np.ndarray
+]  # N times: which pictures count, with repetition; the same for all methods, so that ratios are paired
 
-    seeds: np.ndarray  # (N,R)
-    pictures: tuple[np.ndarray, ...]  # N times: which pictures count, with repetition
 
-    @classmethod
-    def of(cls, runs: int, prompts: Sequence[str], resamples: int = RESAMPLES, seed: int = 0) -> Draws:
-        """The pictures of one prompt stay together: they are not independent."""
-        rng, names = np.random.default_rng(seed), list(dict.fromkeys(prompts))
-        places = {name: np.flatnonzero([p == name for p in prompts]) for name in names}
-        pictures = tuple(
-            np.concatenate([places[names[i]] for i in rng.integers(len(names), size=len(names))]) for _ in range(resamples)
-        )
-        return cls(rng.integers(runs, size=(resamples, runs)), pictures)
+def draws(prompts: Sequence[str], resamples: int = RESAMPLES, seed: int = 0) -> Draws:
+    """Resampled prompts. The pictures of one prompt stay together: they are not independent."""
+    rng, names = np.random.default_rng(seed), list(dict.fromkeys(prompts))
+    places = {name: np.flatnonzero([p == name for p in prompts]) for name in names}
+    return [np.concatenate([places[names[i]] for i in rng.integers(len(names), size=len(names))]) for _ in range(resamples)]
 
 
 @dataclass(frozen=True)
@@ -123,54 +100,74 @@ class Price:
     threshold: float
     draws: Draws
 
+    def paid(self, cost: str, pictures: Any = slice(None)) -> np.ndarray:
+        """(R,) of each seed."""
+        return np.array([c.paid(c.costs[cost], self.threshold, pictures) for c in self.curves])
+
     def point(self, cost: str) -> float:
         """Median over seeds."""
-        return median([c.paid(c.costs[cost], self.threshold) for c in self.curves])
+        return median(self.paid(cost))
+
+    @property
+    def spent(self) -> np.ndarray:
+        """(R,) reward queries of each run."""
+        return np.array([c.costs["reward_queries"][-1] for c in self.curves])
+
+    @cached_property
+    def each(self) -> np.ndarray:
+        """(R,) logs of reward queries; of all that were spent where the threshold was not reached."""
+        return _log(np.minimum(self.paid("reward_queries"), self.spent))
 
     @cached_property
     def resampled(self) -> np.ndarray:
         """(N,) reward queries."""
-        draws, t = self.draws.pictures, self.threshold
-        prices = np.array(
-            [[c.paid(c.costs["reward_queries"], t, pictures) for pictures in draws] for c in self.curves]
-        )  # (R,N)
-        return np.array([median(prices[chosen, n]) for n, chosen in enumerate(self.draws.seeds)])
+        return np.array([median(self.paid("reward_queries", pictures)) for pictures in self.draws])
+
+    @cached_property
+    def open(self) -> bool:
+        """Whether a seed did not reach the threshold, or so many draws of prompts that no interval has an upper end."""
+        missed = np.isinf(self.resampled).mean() > (1 - statistics.CONFIDENCE) / 2
+        return bool(missed or np.isinf(self.paid("reward_queries")).any())
 
     @property
-    def spent(self) -> float:
-        """Reward queries of the shortest run."""
-        return min(float(c.costs["reward_queries"][-1]) for c in self.curves)
+    def _over_prompts(self) -> np.ndarray:
+        """(N,) logs."""
+        return _log(np.minimum(self.resampled, self.spent.max()))
+
+    @property
+    def _prompts(self) -> int:
+        return len(set(self.curves[0].prompts))
 
     def queries(self) -> Estimate:
-        return Estimate(self.point("reward_queries"), *interval(self.resampled), least=self.spent)
+        value = self.point("reward_queries")
+        low, high = statistics.factor(value, self.each, self._over_prompts, self._prompts)
+        return Estimate(value, low, float("inf") if self.open else high, least=float(self.spent.min()))
 
     def ratio(self, other: Price) -> Estimate:
-        """Queries of this method over those of another, which must have reached the threshold for it to be a number."""
-        low, high = interval(divided(self.resampled, other.resampled))
-        value = float(divided(np.array(self.point("reward_queries")), np.array(other.point("reward_queries"))))
-        least = float(divided(np.array(self.spent), np.array(other.point("reward_queries"))))
-        return Estimate(value, low, high, least)
+        """Queries of this method over those of another, seed by seed and on the same prompts; NaN where it never got there."""
+        ours, theirs = self.point("reward_queries"), other.point("reward_queries")
+        value, least = divided(ours, theirs), divided(float(self.spent.min()), theirs)
+        low, high = statistics.factor(
+            value, self.each - other.each, self._over_prompts - other._over_prompts, self._prompts
+        )  # fmt: skip
+        return Estimate(value, 0.0 if other.open else low, float("inf") if self.open else high, least)
 
 
-def divided(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _log(values: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return np.log(values)
+
+
+def divided(a: float, b: float) -> float:
     """a/b, inf where a never got there; NaN where b did not, or both cost nothing."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(np.isinf(b), np.nan, a / b)
+    if np.isinf(b) or a == b == 0:
+        return float("nan")
+    return a / b if b else float("inf")
 
 
 def median(values: Sequence[float] | np.ndarray) -> float:
     """The middle one; of an even number the upper, so that inf stays inf and a number one of the measured."""
     return float(np.sort(values)[len(values) // 2])
-
-
-def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Percentiles of the values that are numbers; inf counts."""
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return float("nan"), float("nan")
-    tail = (1 - level) / 2
-    low, high = np.quantile(values, [tail, 1 - tail], method="inverted_cdf")
-    return float(low), float(high)
 
 
 def number(value: float) -> str:

@@ -29,7 +29,8 @@ def variances(gradients: Tensor) -> tuple[float, float]:
 
 
 def _gradients(run: Run, pictures: int, copies: int) -> list[Tensor]:
-    """Of each picture, its copies' gradients (M,D)."""
+    """Of each picture, its copies' gradients (M,D): of -reward, as in training: a saturated pixel passes a gradient on only
+    where a loss falls towards the inside."""
     from raydiff.methods.draft_lv import Plugin
     from raydiff.session import Session
 
@@ -44,6 +45,6 @@ def _gradients(run: Run, pictures: int, copies: int) -> list[Tensor]:
             clean = method.finish(policy, policy.predict(prompts), batch)
         latents = method.renoised(policy, clean, prompts, seeds, [])
         rewards, _ = policy.rewards(latents, prompts * copies, seeds * copies)
-        each = [torch.autograd.grad(reward, weights, retain_graph=True) for reward in rewards]
+        each = [torch.autograd.grad(-reward, weights, retain_graph=True) for reward in rewards]
         found.append(torch.stack([torch.cat([g.flatten() for g in gradient]) for gradient in each]))
     return found

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from raydiff.bench import curves
-from raydiff.bench.curves import Curve, Draws, Price, median, number
+from raydiff.bench.curves import Curve, Price, draws, median, number
 from raydiff.bench.measure import COSTS
 from raydiff.bench.settings import Settings
 
@@ -69,11 +69,11 @@ def _held_out(found: Sequence[Curve], place: int) -> dict[str, float]:
 
 def _price(settings: Settings, found: Sequence[Curve], reference: Sequence[Curve] | None, threshold: float) -> dict[str, Any]:
     """What a threshold cost, and what was left of the held-out rewards when it was reached."""
-    draws = Draws.of(len(found), found[0].prompts)
-    price = Price(found, threshold, draws)
+    chosen = draws(found[0].prompts)
+    price = Price(found, threshold, chosen)
     ratio = None
     if reference and len(reference) == len(found) and reference is not found:
-        ratio = price.ratio(Price(reference, threshold, draws))
+        ratio = price.ratio(Price(reference, threshold, chosen))
     return {
         "threshold": threshold,
         "reached": sum(bool(np.isfinite(c.paid(c.costs["images"], threshold))) for c in found),
@@ -109,8 +109,9 @@ def markdown(settings: Settings, found: Mapping[str, Any]) -> str:
     """The report."""
     lines = [
         "# Sample efficiency", "",
-        f"{found['date']}, {found['machine']}; seeds {', '.join(map(str, found['seeds']))}. Median over seeds, with 95 %"
-        " intervals of a bootstrap over seeds and over the held-out prompts' gains; `>` where no more were spent and the"
+        f"{found['date']}, {found['machine']}; seeds {', '.join(map(str, found['seeds']))}. Where a monotone fit"
+        " of the learning curve reaches the threshold: median over seeds, with 95 % intervals for other seeds and other"
+        " held-out prompts; `>` where no more were spent and the"
         f" threshold was not reached with a held-out {settings.keep.reward} of at least {settings.keep.least:g}.", "",
     ]  # fmt: skip
     for task, methods in found["tasks"].items():
