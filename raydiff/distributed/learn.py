@@ -95,7 +95,8 @@ class Worker:
                 saved = {kind: found.tensors(kind) for kind in kinds}
                 if ranks.rank == 0 and watch.best(run, found.history):
                     self.best = found.tensors("best")
-        self.session.method, self.session.gather, self.session.agreed = AgreedLoss(run.method, ranks), ranks.gather, ranks.agreed
+        self.session.method, self.session.gather = AgreedLoss(run.method, ranks), ranks.gather
+        self.session.agreed = ranks.agreed
         with ranks.agreed():
             try:
                 self.session.prepare(self.encoding)
