@@ -265,7 +265,7 @@ def test_nan_reward_ends_the_run(cluster: str, ray_run: MakeRun, tmp_path: Path)
     assert logged.info.status == "FAILED"
 
 
-@pytest.mark.parametrize("method", ["draft_lv", "sft"])
+@pytest.mark.parametrize("method", [pytest.param("draft_lv", marks=pytest.mark.slow), "sft"])
 def test_reward_that_raises_in_the_learner_ends_the_run(cluster: str, ray_run: MakeRun, tmp_path: Path, method: str) -> None:
     """As the run's own fault, on both workers, whether the reward is asked in the loss or before it: no worker is lost."""
     changes = {"storage": str(tmp_path), "method": {"kind": method}, "rewards.blue.raise_for": "a fox"}
