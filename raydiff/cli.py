@@ -32,6 +32,9 @@ Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A run file: TOML
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="PATH=VALUE...", help="Fields to set anew, e.g. method.k=2 train.updates=20.")
 ]
+OwnCode = Annotated[
+    bool, typer.Option("--own-code/--no-own-code", help="Without: refuse a recipe that names code, as a kind or a runtime_env.")
+]
 Replicas = Annotated[int | None, typer.Option(help="Actors of the pool, on Ray.", rich_help_panel="On Ray")]
 NumGpus = Annotated[
     float | None, typer.Option(help="GPUs of each, or a fraction; default: 1 where there are any.", rich_help_panel="On Ray")
@@ -55,11 +58,12 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[str | None, typer.Option(metavar="NAME", help="Go on with a run that was stopped.")] = None,
     local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
+    own_code: OwnCode = True,
 ) -> None:
     """Fine-tune a model: on the Ray cluster that RAY_ADDRESS names, or on one that is started here."""
     from raydiff.config import load
 
-    run = load(recipe, overrides or ())
+    run = load(recipe, overrides or (), own_code=own_code)
     if local and resume:
         raise ValueError("--resume needs checkpoints, and --local makes none: leave one of them out")
     if local:
@@ -81,8 +85,13 @@ def submit(
     upload: Annotated[bool, typer.Option(help="Without: run what the nodes have.")] = True,
     grows: Annotated[bool, typer.Option("--grows", help="The cluster adds nodes: take a run that has no room yet.")] = False,
     follow: Annotated[bool, typer.Option(help="Show the log until the job ends.")] = True,
+    own_code: OwnCode = True,
 ) -> None:
     """Check a run against a cluster, submit it there as a job, and follow it."""
+    if not own_code:
+        from raydiff.config import load
+
+        load(recipe, overrides or (), own_code=False)
     from raydiff import submit as jobs
 
     where = working_dir if upload else None
@@ -279,6 +288,7 @@ def evaluate(
     to: Annotated[Path, typer.Option(metavar="FOLDER", help="Where evaluation.json and grid.png go.")] = Path("evaluation"),
     mlflow: Annotated[bool | None, typer.Option(help="Log to MLflow too; default: where it is installed.")] = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
+    own_code: OwnCode = True,
 ) -> None:
     """Win rates of an adapter on held-out prompts against the base model or another adapter, for each reward of a recipe."""
     from raydiff.config import load
@@ -287,7 +297,7 @@ def evaluate(
         raise ValueError("--adapter is missing: give the folder of an exported adapter, or of a run")
     extra = [f"prompts.held_out={json.dumps(str(prompts_file))}"] if prompts_file else []
     judged = [f"evaluate.rewards.{name}.kind={json.dumps(kind)}" for name, kind in _kinds(reward or []).items()]
-    run = load(recipe, [*(overrides or ()), *extra, *judged])
+    run = load(recipe, [*(overrides or ()), *extra, *judged], own_code=own_code)
     _preflight(run)
     _writable(to)
     if mlflow and not importlib.util.find_spec("mlflow"):
@@ -328,6 +338,7 @@ def plan(
     cluster: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Look at the cluster that a file of KubeRay or `ray up` describes.")
     ] = None,
+    own_code: OwnCode = True,
 ) -> None:
     """What a run will do and need: geometry, cost, memory, files, cluster. Exit code 2 when it cannot work.
 
@@ -337,7 +348,7 @@ def plan(
         raise ValueError("--address and --cluster name two clusters: leave one of them out")
     from raydiff.config import load
 
-    run = load(recipe, overrides or ())
+    run = load(recipe, overrides or (), own_code=own_code)
 
     from rich.console import Console
 
@@ -413,6 +424,7 @@ def _train_here(run: Run) -> None:
     _writable(folder)
     (folder / "run.json").write_text(run.model_dump_json(indent=1))
     rows: list[dict[str, float]] = []
+    reward = 0.0
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, transient=True) as progress, (folder / "metrics.jsonl").open("w") as log:
         bar = progress.add_task(run.name, total=run.train.updates)
@@ -420,7 +432,7 @@ def _train_here(run: Run) -> None:
             log.write(json.dumps(metrics) + "\n")
             log.flush()
             rows.append(metrics)
-            reward = metrics.get("reward/total", metrics.get("held_out/total", 0.0))
+            reward = metrics.get("reward/total", metrics.get("held_out/total", reward))
             progress.update(bar, completed=metrics["step"], description=f"{run.name}  reward {reward:+.4f}")
     for name, value in rows[-1].items():
         if name.startswith("held_out/") or name in METRICS:
@@ -503,10 +515,14 @@ def _rewards(recipe: Path | None, named: list[str], overrides: list[str]) -> Run
 
 
 def _kinds(named: list[str]) -> dict[str, str]:
+    from raydiff.config import check_names
+
     for text in named:
         if not all(text.partition("=")):
             raise ValueError(f"--reward {text!r} is not NAME=KIND, e.g. --reward alignment=clip")
-    return dict(text.split("=", 1) for text in named)
+    kinds = dict(text.split("=", 1) for text in named)
+    check_names(kinds)
+    return kinds
 
 
 def _pool(options: dict[str, Any]) -> Pool:

@@ -7,6 +7,7 @@ Imports pydantic only. `model`, `method` and each entry of `rewards` are plugins
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import json
@@ -15,6 +16,7 @@ import operator
 import pkgutil
 import re
 import tomllib
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +29,15 @@ from pydantic import (
     Field,
     SerializeAsAny,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 T = TypeVar("T", bound=BaseModel)
+
+QUOTED = r"%[0-9A-Fa-f]{2}"
+"""What MLflow reads as a quoted character in a path, and so as another path."""
 
 
 class ConfigError(ValueError):
@@ -65,25 +71,64 @@ class PluginConfig(Config):
         """Raise ValueError or OSError when a file or package that this plugin needs is missing. Called before workers start."""
 
 
-def plugin(package: str) -> Any:
-    """The field type of a plugin of `package`: a table whose `kind` names the module that holds its class `Plugin`."""
+def plugin(package: str, base: str) -> Any:
+    """The field type of a plugin of `package`: a table whose `kind` names the module that holds its class `Plugin`, a subclass
+    of the package's `base`."""
 
-    def resolve(value: Any) -> Any:
+    def resolve(value: Any, info: ValidationInfo) -> Any:
         if not isinstance(value, Mapping):
             return value
-        known = sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__) if m.name != "base")
         if "kind" not in value:
-            raise ValueError(f'needs kind = "...", one of {", ".join(known)}, or a module of your own')
-        kind = value["kind"]
-        module = kind if "." in kind else f"{package}.{kind}"
-        if ("." not in kind and kind not in known) or not _importable(module):
-            raise ValueError(
-                f"kind = {kind!r} does not exist{_nearest(kind, known)}; there are {', '.join(known)},"
-                " and a module of your own is named with its package: my_package.my_reward"
-            )
-        return importlib.import_module(module).Plugin.model_validate(dict(value))
+            raise ValueError(f'needs kind = "...", one of {", ".join(kinds(package))}, or a module of your own')
+        if info.context and not info.context["own_code"]:
+            _no_code(value)
+        return _plugin(package, base, value["kind"]).model_validate(dict(value))
 
     return Annotated[SerializeAsAny[PluginConfig], BeforeValidator(resolve)]
+
+
+def _no_code(table: Mapping[str, Any]) -> None:
+    """Raise ValueError for a table that names code: a module is imported to be read, and a runtime_env installs packages."""
+    if "." in str(table["kind"]):
+        raise ValueError(f"kind = {table['kind']!r} is a module, which is code, and --no-own-code refuses it")
+    if table.get("runtime_env"):
+        raise ValueError(f"runtime_env = {table['runtime_env']!r} runs code, and --no-own-code refuses it")
+
+
+def _plugin(package: str, base: str, kind: Any) -> Any:
+    """The class `Plugin` of a kind. Raises ValueError."""
+    known, what = kinds(package), package.rpartition(".")[2].removesuffix("s")
+    there = f"there are {', '.join(known)}, and a module of your own is named with its package: my_package.my_{what}"
+    own = isinstance(kind, str) and "." in kind and all(part.isidentifier() for part in kind.split("."))
+    if kind not in known and not own:
+        raise ValueError(f"kind = {kind!r} does not exist{_alike(str(kind), known)}; {there}")
+    module = kind if own else f"{package}.{kind}"
+    try:
+        found = importlib.import_module(module)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+            raise ValueError(f"kind = {kind!r} does not exist{_alike(kind, known)}; {there}") from None
+        raise ValueError(f"kind = {kind!r} cannot be imported: {_one_line(error)}; mend the module") from error
+    needed = getattr(importlib.import_module(f"{package}.base"), base)
+    if not (isinstance(made := getattr(found, "Plugin", None), type) and issubclass(made, needed)):
+        raise ValueError(f"kind = {kind!r} has no class Plugin that is a {package}.base.{base}, so it is no {what}; {there}")
+    return made
+
+
+@functools.cache
+def kinds(package: str) -> tuple[str, ...]:
+    """The plugins of a package by name: its modules with a class `Plugin`. None of them is imported."""
+    found = []
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        spec = importlib.util.find_spec(f"{package}.{module.name}")
+        source = spec.loader.get_source(spec.name) if spec and spec.loader else None  # type: ignore[attr-defined]
+        if re.search(r"^class Plugin\b", source or "", re.MULTILINE):
+            found.append(module.name)
+    return tuple(sorted(found))
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 if TYPE_CHECKING:  # each value is the Plugin of a module of that package
@@ -91,7 +136,33 @@ if TYPE_CHECKING:  # each value is the Plugin of a module of that package
     MethodField: TypeAlias = Any
     RewardField: TypeAlias = Any
 else:
-    ModelField, MethodField, RewardField = (plugin(f"raydiff.{package}") for package in ("models", "methods", "rewards"))
+    ModelField = plugin("raydiff.models", "ModelConfig")
+    MethodField = plugin("raydiff.methods", "Method")
+    RewardField = plugin("raydiff.rewards", "RewardConfig")
+
+
+_RESERVED = {
+    "total": "the name of the weighted sum", "best": "the name of the best attempt's total", "where": "a setting of [rewards]",
+}  # fmt: skip
+
+
+def check_names(rewards: Iterable[str]) -> None:
+    """Raise ValueError for a name that MLflow, the command line's dotted paths or another metric stand against."""
+    seen: dict[str, str] = {}
+    for name in rewards:
+        if not re.fullmatch(r"\w[\w-]{0,99}", name):
+            raise ValueError(
+                f"{name!r} cannot be a reward's name, which MLflow and dotted paths must take: use letters, digits, _ and -, up"
+                " to 100 of them, and begin with no -"
+            )
+        same = unicodedata.normalize("NFKC", name).casefold()
+        if same in _RESERVED:
+            raise ValueError(f"a reward cannot be named {name!r}, {_RESERVED[same]}; rename it")
+        if same in seen:
+            raise ValueError(
+                f"rewards {seen[same]!r} and {name!r} differ only by case, which not every store tells apart: rename one"
+            )
+        seen[same] = name
 
 
 class Rewards(Config):
@@ -109,8 +180,7 @@ class Rewards(Config):
 
     @model_validator(mode="after")
     def _names(self) -> Self:
-        if "total" in self.named:
-            raise ValueError("a reward cannot be named 'total', the name of the weighted sum; rename it")
+        check_names(self.named)
         return self
 
 
@@ -325,6 +395,12 @@ class Evaluate(Config):
     """CLIP whose image embeddings measure `diversity`, the mean cosine distance of the pictures' pairs: "embedded", a folder or
     a hub id. A field of its own, as rewards may live in a pool and need not be a CLIP. None turns it off."""
 
+    @field_validator("rewards")
+    @classmethod
+    def _names(cls, rewards: dict[str, RewardField]) -> dict[str, RewardField]:
+        check_names(rewards)
+        return rewards
+
     @property
     def best_metric(self) -> str:
         return self.best or f"held_out/{next(iter(self.rewards), 'total')}"
@@ -335,7 +411,30 @@ class Tracking(Config):
 
     uri: str | None = None
     """Tracking server; None keeps a SQLite file in the storage folder."""
-    experiment: str = "raydiff"
+    experiment: str = Field("raydiff", max_length=500)
+    """Its name in MLflow. Without a server, its artifacts go below a folder of this name in the storage."""
+
+    @property
+    def served(self) -> bool:
+        """Whether a server keeps the artifacts, and not the storage."""
+        return self.uri is not None and self.uri.startswith(("http:", "https:", "databricks"))
+
+    @model_validator(mode="after")
+    def _inside(self) -> Self:
+        """A server's experiments may be paths; a folder's name must not lead out of the storage."""
+        if not self.experiment.isprintable() or not self.experiment.strip():
+            raise ValueError(f"experiment = {self.experiment!r} is not a printable name; rename it")
+        parts = self.experiment.split("/")
+        if not self.served and any(part.strip() in ("", ".", "..") or len(part.encode()) > 255 for part in parts):
+            raise ValueError(
+                f"experiment = {self.experiment!r} must be a folder below the storage: leave out '..', a '/' at either end and"
+                " long names, or name a server in tracking.uri"
+            )
+        if not self.served and re.search(QUOTED, self.experiment):
+            raise ValueError(
+                f"experiment = {self.experiment!r} holds a % that MLflow takes for a quoted character; leave it out"
+            )
+        return self
 
 
 class Run(Config):
@@ -377,6 +476,7 @@ class Run(Config):
             raise ValueError('rewards: there is none; a reward is a table, [rewards.NAME] with kind = "..."')
         if twice := self.rewards.named.keys() & self.evaluate.rewards.keys():
             raise ValueError(f"evaluate.rewards: {sorted(twice)} is trained on too; a held-out reward needs another name")
+        check_names([*self.rewards.named, *self.evaluate.rewards])
         measured = [f"held_out/{name}" for name in ("total", *self.rewards.named, *self.evaluate.rewards)]
         if self.evaluate.best_metric not in measured:
             best = self.evaluate.best_metric
@@ -443,10 +543,11 @@ def geometry(run: Run, workers: int | None = None) -> Geometry:
     )  # fmt: skip
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+def load(path: str | Path, overrides: Sequence[str] = (), *, own_code: bool = True) -> Run:
     """A run from a TOML file (or the JSON of a run) and `path=value` overrides. Raises ConfigError.
 
-    TOML has no null: there as in overrides, the word "none" is None.
+    TOML has no null: there as in overrides, the word "none" is None. A recipe is code: a kind may be any module, which reading
+    imports. Without `own_code` such a kind, or a runtime_env, is refused and nothing of it imported.
     """
     path = Path(path)
     try:
@@ -457,7 +558,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         raise ConfigError(f"recipe {str(path)!r} does not exist{_nearest(path.name, near)}") from None
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path}: not valid {path.suffix[1:].upper()}: {error}") from None
-    return validated(_with(tree, parsed(overrides)))
+    return validated(_with(tree, parsed(overrides)), own_code=own_code)
 
 
 def rewards(kinds: Mapping[str, str], overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -509,10 +610,10 @@ def _key(name: str) -> str:
     return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
 
 
-def validated(tree: Mapping[str, Any], kind: type[T] = Run) -> T:  # type: ignore[assignment]
+def validated(tree: Mapping[str, Any], kind: type[T] = Run, *, own_code: bool = True) -> T:  # type: ignore[assignment]
     """The tree as a config. Raises ConfigError."""
     try:
-        return kind.model_validate(tree)
+        return kind.model_validate(tree, context={"own_code": own_code})
     except ValidationError as error:
         raise ConfigError("\n".join(_line(e) for e in error.errors(include_url=False))) from None
 
@@ -562,12 +663,9 @@ def _with(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
+    return _alike(name, known) or (f"; there are {', '.join(sorted(known))}" if known else "")
+
+
+def _alike(name: str, known: Iterable[str]) -> str:
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else f"; there are {', '.join(sorted(known))}" if known else ""
-
-
-def _importable(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
+    return f"; did you mean {match[0]!r}?" if match else ""

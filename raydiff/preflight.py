@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
-from raydiff.config import Run
+from raydiff.config import QUOTED, Run
 from raydiff.data.preferences import overview
 from raydiff.data.prompts import read_both
 from raydiff.data.verdicts import Verdicts
@@ -48,6 +49,20 @@ def faults(run: Run, *, hub: bool = True) -> list[str]:
     if "://" not in run.storage and not _can_write(Path(run.storage)):
         found.append(f"storage = {run.storage!r}: cannot write there; give another folder")
     return found
+
+
+def metrics_fault(run: Run) -> str | None:
+    """Why MLflow would keep its file or artifacts elsewhere than in the storage folder, None when it would not."""
+    if run.tracking.served or "://" in run.storage:
+        return None
+    return unquotable(Path(run.storage).expanduser().resolve(), f"storage = {run.storage!r}")
+
+
+def unquotable(folder: Path, field: str) -> str | None:
+    """Why a folder of this path cannot hold an SQLite file of MLflow, None when it can."""
+    if found := re.search(rf"\?|{QUOTED}", str(folder)):
+        return f"{field}: MLflow would take {found[0]!r} in the path {str(folder)!r} for something else; give another folder"
+    return None
 
 
 def _can_write(folder: Path) -> bool:

@@ -7,6 +7,7 @@ Legend: B prompts, G attempts, H W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -86,6 +87,7 @@ class Session:
     workers: int = 1
     scores: Scores | None = None  # None: the rewards are built here
     gather: Gather = alone
+    agreed: Callable[[], AbstractContextManager[None]] = nullcontext  # around what one worker may refuse, and all then must
     ema: Ema | None = field(init=False, default=None)
     pairs: Latents | None = field(init=False, default=None)  # what a method trains on that samples nothing
     verdicts: Verdicts | None = field(init=False, default=None)  # what compares the samples in place of rewards
@@ -196,6 +198,10 @@ class Session:
         """The rollouts with rewards, if the method needs them and they have none: "total" alone, where people gave it."""
         if not self.method.needs_rewards or rollouts.rewards is not None:
             return rollouts
+        with self.agreed():
+            return self._scored(rollouts)
+
+    def _scored(self, rollouts: Rollouts) -> Rollouts:
         if self.verdicts is not None:
             total = self.verdicts.of(rollouts.flat_prompts(), rollouts.flat_seeds())
             return replace(rollouts, rewards={"total": total.to(rollouts.latents).view(rollouts.seeds.shape)})

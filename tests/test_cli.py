@@ -230,3 +230,21 @@ def test_bench_names_a_fault_of_its_settings(call: Call, tmp_path: Path) -> None
     file.write_text("seeds = 1")
     code, _, said = call("bench", "--settings", file)
     assert (code, "settings.toml: base: Field required" in said) == (2, True)
+
+
+RECIPE = str(Path(__file__).parents[1] / "jobs/recipes/emoji_draft_lv.toml")
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "submit", "evaluate"])
+def test_a_recipe_with_code_of_its_own_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [RECIPE, "rewards.mine.kind=nowhere.judge", "--no-own-code"]
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, *given, *(["--adapter", "x"] if command == "evaluate" else [])])
+    assert end.value.code == 2
+    assert "rewards.mine: kind = 'nowhere.judge' is a module, which is code" in capsys.readouterr().err
+
+
+def test_a_name_that_no_metric_can_have_is_refused_before_an_override_splits_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", RECIPE, "--adapter", "x", "--reward", "a.b=clip"])
+    assert "'a.b' cannot be a reward's name" in capsys.readouterr().err

@@ -1,12 +1,14 @@
 """The run file: errors that name field, value and way out; round trips; dotted paths."""
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raydiff.config import ConfigError, Run, flat, geometry, load, override
+from raydiff.config import ConfigError, Run, flat, geometry, kinds, load, override, rewards
 
 RECIPES = sorted(Path(__file__).parents[1].glob("jobs/recipes/*.toml"))
 BASE = """
@@ -158,3 +160,146 @@ def test_needed_tables_are_named(recipe: Path) -> None:
     text = str(error.value)
     assert "model: Field required" in text and "rewards: Field required" in text
     assert 'method: needs kind = "...", one of d3po, ddpo, diffusion_dpo, draft, draft_k, draft_lv, refl, rwr, sft' in text
+
+
+def test_kinds_are_the_modules_with_a_plugin() -> None:
+    assert kinds("raydiff.models") == ("stable_diffusion",)
+    assert kinds("raydiff.rewards") == ("aesthetic", "classifier", "clip", "colour", "jpeg", "jpeg_size", "symmetry")
+    assert "base" not in kinds("raydiff.methods")
+
+
+@pytest.mark.parametrize("field", ["model", "method", "rewards.blue"])
+@pytest.mark.parametrize(
+    "kind",
+    ["lora", "_pretrained", "_images", "base", "", ".", "a..b", ".colour", "my package.reward", "nowhere.at_all", 3, ["clip"]],
+)
+def test_a_kind_that_is_none_is_refused_with_the_advice_of_its_field(recipe: Path, field: str, kind: Any) -> None:
+    """Each once: "there are ...", and a module's name that fits."""
+    with pytest.raises(ConfigError) as error:
+        override(load(recipe), {field: {"kind": kind}})
+    text = str(error.value)
+    assert text.startswith(f"{field}: kind = {kind!r} does not exist")
+    assert text.count("there are") == 1
+    assert not re.search(r"there are[^;]*\b(_images|_pretrained|lora|base)\b", text)
+    what = {"model": "model", "method": "method", "rewards.blue": "reward"}[field]
+    assert text.endswith(f"my_package.my_{what}")
+
+
+BROKEN = {
+    "syntax": ("def f(:", "cannot be imported: SyntaxError: "),
+    "package": (
+        "import not_installed_at_all",
+        "cannot be imported: ModuleNotFoundError: No module named 'not_installed_at_all'",
+    ),
+    "name": ("from math import nothing", "cannot be imported: ImportError: cannot import name 'nothing'"),
+    "raises": ("raise RuntimeError('no\\nlicence')", "cannot be imported: RuntimeError: no licence; mend the module"),
+    "ends": ("import sys; sys.exit(1)", "cannot be imported: SystemExit: 1"),
+    "empty": ("", "has no class Plugin that is a raydiff.rewards.base.RewardConfig, so it is no reward"),
+    "plain": ("class Plugin: pass", "has no class Plugin that is a raydiff.rewards.base.RewardConfig"),
+    "value": ("Plugin = 3", "has no class Plugin that is a raydiff.rewards.base.RewardConfig"),
+    "other": ("from raydiff.methods.draft import Plugin", "has no class Plugin that is a raydiff.rewards.base.RewardConfig"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_module_that_is_there_but_broken_says_so(recipe: Path, tmp_path: Path, monkeypatch: Any, name: str) -> None:
+    source, message = BROKEN[name]
+    package = tmp_path / f"own_{name}"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "judge.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        override(load(recipe), {"rewards.blue": {"kind": f"own_{name}.judge"}})
+    assert str(error.value).startswith(f"rewards.blue: kind = 'own_{name}.judge' {message}")
+    assert "does not exist" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        *((name, "cannot be a reward's name") for name in ("clip@0.5", "a/b", "a.b", "a b", "", "-a", "a=b", "a:b", "../x", "x" * 101)),
+        ("a\nb", "cannot be a reward's name"),
+        *((name, "a reward cannot be named") for name in ("total", "Total", "TOTAL", "best")),
+    ],
+)  # fmt: skip
+def test_a_name_that_cannot_be_logged_or_set_is_refused(recipe: Path, name: str, message: str) -> None:
+    tree = load(recipe).model_dump(mode="json")
+    for path in ("rewards", "evaluate"):
+        changed = json.loads(json.dumps(tree))
+        (changed["rewards"] if path == "rewards" else changed["evaluate"]["rewards"])[name] = {"kind": "symmetry"}
+        (recipe.parent / "run.json").write_text(json.dumps(changed))
+        with pytest.raises(ConfigError, match=re.escape(message)) as error:
+            load(recipe.parent / "run.json")
+        assert repr(name) in str(error.value)
+        assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        rewards({name: "clip"})
+
+
+@pytest.mark.parametrize("name", ["where", "Where"])
+def test_a_setting_is_no_name(recipe: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="where|Where"):
+        override(load(recipe), {f"rewards.{name}": {"kind": "symmetry"}})
+    with pytest.raises(ConfigError, match=f"a reward cannot be named '{name}', a setting"):
+        override(load(recipe), {f"evaluate.rewards.{name}": {"kind": "symmetry"}})
+
+
+@pytest.mark.parametrize("name", ["loss", "kl", "grad_norm", "named", "model_dump", "clip-05", "Schärfe", "1st", "alignment"])
+def test_other_names_are_taken_and_round_trip(recipe: Path, name: str) -> None:
+    """What raydiff measures itself is no collision: rewards are logged below reward/ and held_out/."""
+    run = override(load(recipe), {f"rewards.{name}": {"kind": "symmetry"}})
+    assert run.rewards.named.keys() == {"blue", name}
+    assert Run.model_validate_json(run.model_dump_json()) == run == override(run, flat(run))
+
+
+@pytest.mark.parametrize(("trained", "held_out"), [("Blue", None), (None, "BLUE"), ("ﬁne", "fine")])
+def test_names_that_differ_only_by_case_are_refused(recipe: Path, trained: str | None, held_out: str | None) -> None:
+    changes = {f"rewards.{trained}.kind": "symmetry"} if trained else {}
+    changes |= {f"evaluate.rewards.{held_out}.kind": "symmetry"} if held_out else {}
+    with pytest.raises(ConfigError, match="differ only by case"):
+        override(load(recipe), changes)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x", "..", ".", "", " ", "/tmp/x", "a/", "a//b", "a/../../b", "a\nb", "%41", "x" * 300, "a/ .. /b"]
+)
+def test_an_experiment_stays_in_its_folder(recipe: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="^tracking: experiment = "):
+        override(load(recipe), {"tracking.experiment": name})
+
+
+def test_an_experiment_may_have_a_path_where_a_server_keeps_it(recipe: Path) -> None:
+    assert override(load(recipe), {"tracking": {"experiment": "/Users/me/x", "uri": "databricks"}}).tracking.served
+    assert not override(load(recipe), {"tracking.experiment": "team: a/b #2"}).tracking.served
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rewards.blue": {"kind": "own_code.judge"}},
+        {"model.kind": "own_code.model"},
+        {"method.kind": "own_code.method"},
+        {"evaluate.rewards.x": {"kind": "own_code.judge"}},
+        {"rewards": {"where": "pool", "blue": {"kind": "colour", "runtime_env": {"pip": ["x"]}}}},
+    ],
+)
+def test_code_of_ones_own_can_be_refused_unread(
+    recipe: Path, tmp_path: Path, monkeypatch: Any, changes: dict[str, Any]
+) -> None:
+    package = tmp_path / "own_code"
+    package.mkdir()
+    for name in ("__init__", "judge", "model", "method"):
+        (package / f"{name}.py").write_text("raise SystemExit('this was run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    overrides = [f"{path}={_toml(value)}" for path, value in changes.items()]
+    with pytest.raises(ConfigError, match="--no-own-code refuses it"):
+        load(recipe, overrides, own_code=False)
+    assert "own_code" not in sys.modules
+    assert load(recipe, own_code=False) == load(recipe)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(inner)}" for key, inner in value.items()) + "}"
+    return json.dumps(value)

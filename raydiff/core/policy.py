@@ -73,7 +73,7 @@ class NonFiniteReward(ValueError):
 
 
 class RewardFailed(ValueError):
-    """A reward raised, again after being asked again."""
+    """A reward raised, again after being asked again, or answered with what cannot be used."""
 
 
 @dataclass
@@ -153,13 +153,13 @@ class Policy:
 def checked(score: Score, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Parts]:
     """`score` of images (B,3,H,W), whose errors name the prompt and the seed.
 
-    Raises NonFiniteReward, and RewardFailed when a reward of another process raised.
+    Raises NonFiniteReward, and RewardFailed when a reward raised or answered with what cannot be used.
     """
     try:
         total, parts = score(images, prompts)
     except RewardError as error:
         whose = "" if error.row is None else f" for prompt {prompts[error.row]!r}, seed {seeds[error.row]}"
-        raise RewardFailed(f"reward {error.name!r} failed{whose}: {error.message}") from None
+        raise RewardFailed(f"reward {error.name!r} failed{whose}: {error.message}") from error
     for name, values in {**parts, "total": total.detach()}.items():
         if not bool(torch.isfinite(values).all()):
             row = int((~torch.isfinite(values)).nonzero()[0])

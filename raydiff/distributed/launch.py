@@ -356,6 +356,8 @@ def _close(board: Any, tracker: Tracker, folder: Folder, status: str, tags: dict
 
     try:
         left = ray.get(board.flush.remote(), timeout=60)
+        if refused := ray.get(board.left_out.remote(), timeout=60):
+            progress.say(refused)
         tracker.finish(status, tags)
     except Exception as error:
         left = f"MLflow at {tracker.uri}: {error}"

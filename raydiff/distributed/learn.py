@@ -96,6 +96,7 @@ class Worker:
                 if ranks.rank == 0 and watch.best(run, found.history):
                     self.best = found.tensors("best")
         self.session.method, self.session.gather = AgreedLoss(run.method, ranks), ranks.gather
+        self.session.agreed = ranks.agreed
         with ranks.agreed():
             try:
                 self.session.prepare(self.encoding)

@@ -18,14 +18,13 @@ from torch import Tensor
 from raydiff import placement
 from raydiff.config import Run
 from raydiff.core.policy import checked
-from raydiff.core.reward_vjp import Parts, Reward, RewardError, score_and_grad, weighted_sum, with_remote_gradient
+from raydiff.core.reward_vjp import Parts, RewardError, score_and_grad, weighted_sum, with_remote_gradient
 from raydiff.distributed import rows
 from raydiff.distributed.generate import device
 from raydiff.session import Scores, weights
 
 RESTARTS = 10  # of one actor; without an end, a crash at every start would loop for ever
 _PATIENCE, _PING = 20.0, 10.0  # seconds: for an answer, before a replica is asked whether it is there; and for that
-_ATTEMPTS = 3  # calls of a reward that raises, before it is believed
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class RewardReplica:
         config = Run.model_validate_json(run)
         place = device(config.pools.reward.num_cpus)
         every = {**config.rewards.named, **config.evaluate.rewards}
-        self.rewards = {name: _named(name, every[name].build(place)) for name in names}
+        self.rewards = {name: every[name].build(place) for name in names}
         self.trained = {name: self.rewards[name] for name in names if name in config.rewards.named}
         self.weights, self.device, self.most = weights(config), place, config.evaluate.batch
         self.waiting: list[_Request] = []
@@ -112,25 +111,11 @@ class RewardReplica:
         except RewardError as error:
             if len(batch) > 1:
                 return [answer for request in batch for answer in self._answers([request])]
-            return [self._again(batch[0], error)]
+            return [error]
         cuts = np.cumsum([len(request.prompts) for request in batch])[:-1]
         parts = {name: np.split(values, cuts) for name, values in whole.parts.items()}
         gradients = [None] * len(batch) if whole.gradient is None else np.split(whole.gradient, cuts)
         return [_Answer({name: values[i] for name, values in parts.items()}, gradients[i]) for i in range(len(batch))]
-
-    def _again(self, request: _Request, error: RewardError) -> _Answer | RewardError:
-        """A reward that raised is asked again, then picture by picture, to name the one at fault."""
-        for _ in range(_ATTEMPTS - 1):
-            try:
-                return self._call(request.images, request.prompts, request)
-            except RewardError as again:
-                error = again
-        for row, prompt in enumerate(request.prompts):
-            try:
-                self._call(request.images[row : row + 1], [prompt], request)
-            except RewardError as single:
-                return RewardError(single.name, single.message, row)
-        return error
 
     def _call(self, images: np.ndarray, prompts: list[str], request: _Request) -> _Answer:
         rewards = self.rewards if request.evaluation else self.trained
@@ -278,18 +263,6 @@ def start(run: Run, nodes: Sequence[placement.Node]) -> list[Group]:
 
 def client(run: Run, groups: Sequence[Group], store: Any, rank: int = 0, workers: int = 1) -> RewardClient:
     return RewardClient(groups, weights(run), frozenset(run.evaluate.rewards), rank, workers, store)
-
-
-def _named(name: str, reward: Reward) -> Reward:
-    """The reward, whose exceptions say which one it was."""
-
-    def call(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        try:
-            return reward(images, prompts)
-        except Exception as error:
-            raise RewardError(name, f"{type(error).__name__}: {error}") from error
-
-    return call
 
 
 def _arrays(parts: Parts) -> dict[str, np.ndarray]:

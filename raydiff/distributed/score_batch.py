@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from raydiff.config import ConfigError, Pool, Run
-from raydiff.core.reward_vjp import weighted_sum
+from raydiff.core.reward_vjp import RewardError, weighted_sum
 from raydiff.data import images, pictures
 from raydiff.data.files import locate, parquet_files
 from raydiff.data.files import opened as open_parquet
@@ -140,10 +140,21 @@ class Scorer(Worker):
 
     @torch.no_grad()
     def _score(self, rows: Sequence[Row], parts: dict[str, Any], reasons: list[str]) -> None:
-        """Rewards of pictures of one size, into `parts`; a row without a finite one gets a reason."""
+        """Rewards of pictures of one size, into `parts`; a row without a finite one, or that makes one raise, gets a reason.
+
+        Raises RewardError when it is not one row's fault.
+        """
+        if not rows:
+            return
         pixels = np.stack([np.asarray(image) for _, image, _ in rows])  # (B,H,W,3) uint8
         tensor = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 255
-        total, named = self.score(tensor, [prompt for _, _, prompt in rows])
+        try:
+            total, named = self.score(tensor, [prompt for _, _, prompt in rows])
+        except RewardError as error:
+            if error.row is None:
+                raise
+            reasons[rows[error.row][0]] = str(error)
+            return self._score([row for i, row in enumerate(rows) if i != error.row], parts, reasons)
         for name in self.names:
             values = ({"total": total} | named)[name].float().tolist()
             for (i, _, _), value in zip(rows, values, strict=True):

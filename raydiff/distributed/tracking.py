@@ -6,23 +6,28 @@ they were lost is not logged again. Nothing that MLflow does or fails to do reac
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import json
 import logging
 import queue
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydiff.config import ConfigError, Run, flat
-from raydiff.distributed.storage import Folder
+from raydiff.config import ConfigError, Run, Tracking, flat
+from raydiff.distributed.storage import DRAFT, Folder
+from raydiff.preflight import metrics_fault, unquotable
 
 NAME_TAG, BEST_TAG, STOPPED_TAG = "raydiff.name", "raydiff.best", "raydiff.stopped_by"
 _LONGEST = 6000  # characters of a parameter's value
 _AT_ONCE = 100  # parameters in one request
+
+_FOR_GOOD = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}  # MLflow's codes for what it will never take
 
 Row = dict[str, float]
 
@@ -41,13 +46,13 @@ class Tracker:
         """The steps that are logged."""
         return {metric.step for metric in self.client().get_metric_history(self.run_id, "seconds")}
 
-    def log(self, row: Row) -> None:
+    def log(self, row: Row) -> dict[str, str]:
+        """Log a row's metrics. Returns {metric: why} of those that MLflow refuses for good, and has logged the others."""
         from mlflow.entities import Metric
 
         now, step = int(time.time() * 1000), int(row["step"])
-        self.client().log_batch(
-            self.run_id, metrics=[Metric(name, value, now, step) for name, value in row.items() if name != "step"]
-        )
+        metrics = [Metric(name, value, now, step) for name, value in row.items() if name != "step"]
+        return _all_but_refused(lambda some: self.client().log_batch(self.run_id, metrics=some), metrics)
 
     def file(self, folder: Folder, path: str) -> None:
         """Log a file of the run's folder as an artifact of the same relative path."""
@@ -65,20 +70,29 @@ class Tracker:
 
     def sum_up(self, metrics: Mapping[str, float], files: Sequence[Path]) -> None:
         """Log numbers that have no step, and local files as artifacts; the run is finished."""
-        self.log({"step": 0, **metrics})
+        _warn(self.log({"step": 0, **metrics}))
         for file in files:
             self.client().log_artifact(self.run_id, str(file))
         self.finish("FINISHED", {})
 
 
 def uri(run: Run) -> str:
-    """The tracking server, or a SQLite file in the storage folder. Raises ConfigError when that is not on a disk."""
+    """The tracking server, or a SQLite file in the storage folder. Raises ConfigError when that cannot be."""
+    if fault := metrics_fault(run):
+        raise ConfigError(fault)
     if run.tracking.uri is not None:
         return run.tracking.uri
     local = Folder(run.storage).local
     if local is None:
         raise ConfigError(f"tracking.uri: storage = {run.storage!r} cannot hold a SQLite file; name a tracking server")
-    return f"sqlite:///{local}/mlflow.db"
+    return _sqlite(local, f"storage = {run.storage!r}")
+
+
+def _sqlite(folder: Path, field: str) -> str:
+    """The URI of a folder's SQLite file. Raises ConfigError."""
+    if fault := unquotable(folder, field):
+        raise ConfigError(fault)
+    return f"sqlite:///{folder}/mlflow.db"
 
 
 def prepare(run: Run) -> str:
@@ -87,14 +101,25 @@ def prepare(run: Run) -> str:
 
 
 def experiment(uri: str, name: str, folder: Folder) -> str:
-    """The id of the experiment of this name, made if need be; its artifacts go to the server, or below `folder`."""
+    """The id of the experiment of this name, made if need be; its artifacts go to the server, or below `folder`.
+
+    Raises ConfigError for one that was deleted.
+    """
+    from mlflow.exceptions import MlflowException
+
     client = _client(uri)
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
     # A server has a place for artifacts; MLflow's own without one is the folder where the driver happens to run.
-    server = uri.startswith(("http:", "https:", "databricks"))
-    return str(client.create_experiment(name, artifact_location=None if server else (folder / "mlartifacts" / name).uri))
+    place = None if Tracking(uri=uri).served else (folder / "mlartifacts" / name).uri
+    if (found := client.get_experiment_by_name(name)) is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=place))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        found = client.get_experiment_by_name(name)  # made by another run that was started at once
+    if found.lifecycle_stage == "deleted":
+        raise ConfigError(f"tracking.experiment = {name!r} was deleted in MLflow: restore it there, or give another name")
+    return str(found.experiment_id)
 
 
 def open_run(
@@ -104,14 +129,58 @@ def open_run(
     from mlflow.entities import Param
 
     client = _client(uri)
-    if found := client.search_runs([experiment_id], f"tags.`{NAME_TAG}` = '{name}'", max_results=1):
+    if found := _named(client, experiment_id, name):
         client.update_run(found[0].info.run_id, status="RUNNING")
         return Tracker(uri, found[0].info.run_id)
     run_id = client.create_run(experiment_id, tags={NAME_TAG: name, **(tags or {})}, run_name=name).info.run_id
     params = [Param(path, parameter(value)) for path, value in fields.items()]
     for i in range(0, len(params), _AT_ONCE):
-        client.log_batch(run_id, params=params[i : i + _AT_ONCE])
+        _warn(_all_but_refused(lambda some: client.log_batch(run_id, params=some), params[i : i + _AT_ONCE]))
     return Tracker(uri, run_id)
+
+
+def _named(client: Any, experiment_id: str, name: str) -> Any:
+    """The runs, at most one, of this name's tag. MLflow's filters know no escapes: a name with both quotes is not found."""
+    quote = '"' if "'" in name else "'"
+    if quote in name:
+        return []
+    return client.search_runs([experiment_id], f"tags.`{NAME_TAG}` = {quote}{name}{quote}", max_results=1)
+
+
+def _all_but_refused(log: Callable[[list[Any]], object], entries: list[Any]) -> dict[str, str]:
+    """Log entries together, or one by one where MLflow refuses some for good. Returns {key: why} of these.
+
+    Raises MlflowException for what may pass, or when it would take none of several: then it is not the entries' fault.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        log(entries)
+        return {}
+    except MlflowException as error:
+        if error.error_code not in _FOR_GOOD:
+            raise
+        first, refused = error, dict[str, str]()
+    for entry in entries:
+        try:
+            log([entry])
+        except MlflowException as error:
+            if error.error_code not in _FOR_GOOD:
+                raise
+            refused[entry.key] = " ".join(str(error).split())
+    if len(refused) == len(entries) > 1:
+        raise first
+    return refused
+
+
+def left_out(refused: Mapping[str, str]) -> str:
+    """What is told of entries that MLflow refuses."""
+    return "\n".join(f"MLflow refuses {name!r} for good, and it is left out: {why}" for name, why in refused.items())
+
+
+def _warn(refused: Mapping[str, str]) -> None:
+    if refused:
+        logging.getLogger(__name__).warning(left_out(refused))
 
 
 def start(run: Run, experiment_id: str, name: str, folder: Folder, tags: Mapping[str, str] | None = None) -> Tracker:
@@ -124,7 +193,7 @@ def start(run: Run, experiment_id: str, name: str, folder: Folder, tags: Mapping
 def of_comparison(folder: Path, files: Sequence[Path]) -> Tracker:
     """The MLflow run of a `raydiff bench` folder, in a SQLite file there: the report's files and records, and what each method
     paid."""
-    place = f"sqlite:///{folder.resolve()}/mlflow.db"
+    place = _sqlite(folder.resolve(), f"FOLDER = {str(folder)!r}")
     found = json.loads((folder / "results.json").read_text())
     metrics = {
         f"{task}/{method}/queries_to_{price['threshold']:g}": price["queries"]["value"]
@@ -147,7 +216,7 @@ def record(run: Run, name: str, metrics: Mapping[str, float], files: Sequence[Pa
     from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
     experiment_id, client = prepare(run), _client(uri(run))
-    found = client.search_runs([experiment_id], f"tags.`{NAME_TAG}` = '{of}'", max_results=1)
+    found = _named(client, experiment_id, of)
     tags = {MLFLOW_PARENT_RUN_ID: found[0].info.run_id} if found else {}
     tracker = Tracker(uri(run), client.create_run(experiment_id, tags=tags, run_name=name).info.run_id)
     tracker.sum_up(metrics, files)
@@ -217,6 +286,10 @@ class Board:
         self.log.queue.put(settled)
         settled.wait(seconds)
 
+    def left_out(self) -> str:
+        """What MLflow refused for good, empty when nothing."""
+        return left_out(self.log.refused)
+
     def flush(self) -> str | None:
         """Log the rest and end. Returns what could not be logged and why, None when all was."""
         self.log.queue.put(None)
@@ -225,7 +298,7 @@ class Board:
 
 
 class _Log:
-    """A thread that logs what is queued, in order. What fails stays, for the next time."""
+    """A thread that logs what is queued, in order. What fails stays, for the next time; what MLflow never takes is left out."""
 
     def __init__(self, tracker: Tracker, folder: Folder) -> None:
         self.tracker, self.folder = tracker, folder
@@ -233,6 +306,7 @@ class _Log:
         self.pending: list[Row | str] = []
         self.logged: set[int] | None = None  # steps; unknown until MLflow has answered
         self.fault: str | None = None
+        self.refused: dict[str, str] = {}  # why, by metric or file
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 
@@ -250,17 +324,32 @@ class _Log:
             if self.logged is None:
                 self.logged = self.tracker.steps()
             while self.pending:
-                item = self.pending[0]
-                if isinstance(item, str):
-                    self.tracker.file(self.folder, item)
-                elif int(item["step"]) not in self.logged:
-                    self.tracker.log(item)
-                    self.logged.add(int(item["step"]))
+                self.refuse(self.logged_or_refused(self.pending[0]))
                 self.pending.pop(0)
             self.fault = None
         except Exception as error:
             self.fault = f"{len(self.pending)} entries could not be logged to MLflow at {self.tracker.uri}: {error}"
             logging.getLogger(__name__).warning(self.fault)
+
+    def logged_or_refused(self, item: Row | str) -> dict[str, str]:
+        """Log a row or a file. Returns {metric or file: why} of what can never be logged."""
+        assert self.logged is not None
+        if isinstance(item, str):
+            try:
+                self.tracker.file(self.folder, item)
+            except FileNotFoundError as error:
+                return {item: str(error)}
+            return {}
+        if int(item["step"]) in self.logged:
+            return {}
+        refused = self.tracker.log(item)
+        self.logged.add(int(item["step"]))
+        return refused
+
+    def refuse(self, refused: Mapping[str, str]) -> None:
+        """Tell of each once."""
+        _warn({name: why for name, why in refused.items() if name not in self.refused})
+        self.refused |= refused
 
 
 def _client(uri: str) -> Any:
@@ -268,4 +357,38 @@ def _client(uri: str) -> Any:
 
     for noisy in ("alembic", "mlflow"):  # importing it sets its own level
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    if uri.startswith("sqlite:"):
+        _make_tables(uri)
     return MlflowClient(uri)
+
+
+@functools.cache
+def _make_tables(uri: str) -> None:
+    """Make or upgrade the tables of a SQLite file: once a process, and one process at a time, as MLflow looks and then makes.
+
+    A new file gets its name when it is whole: who dies over it leaves nothing that is half made. Raises ConfigError.
+    """
+    from mlflow.tracking import MlflowClient
+    from sqlalchemy.engine import make_url
+
+    name = make_url(uri).database
+    if not name or name == ":memory:":
+        return
+    file = Path(name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_name(f".{file.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            if not file.exists():
+                above, _, last = uri.partition("?")[0].rpartition("/")
+                draft = f"{above}/.{last}{DRAFT}"  # of the URI, whose quoting it keeps
+                made = Path(str(make_url(draft).database))
+                made.unlink(missing_ok=True)
+                MlflowClient(draft).search_experiments(max_results=1)
+                made.rename(file)
+            MlflowClient(uri).search_experiments(max_results=1)
+        except Exception as error:
+            why = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"tracking.uri: {file} cannot be used as MLflow's SQLite file ({why}); move it away, or give another storage"
+            ) from error

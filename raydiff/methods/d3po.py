@@ -123,5 +123,5 @@ class Plugin(TrajectoryMethod):
             "clipped": (ratio.detach() != clamped.detach()).float().mean(),
             "log_ratio": ratio.detach().mean(),
             "pairs_used": decided.float().mean(),
-            "reward/total": batch.total().mean(),
+            **({} if self.judged else {"reward/total": batch.total().mean()}),  # of labels, always 0.5
         }

@@ -85,5 +85,5 @@ class Plugin(PairMethod):
             "reference_error": reference.mean(),  # a policy error that drifts away from it is the alarm
             "margin": mean_over(inside.detach(), pairs.decided, batch.terms),
             "pairs_used": pairs.decided.float().mean(),
-            "reward/total": batch.total().mean(),
+            **({} if self.labelled else {"reward/total": batch.total().mean()}),  # of labels, always 0.5
         }

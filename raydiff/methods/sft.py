@@ -29,4 +29,6 @@ class Plugin(PairMethod):
         clean, seeds = batch.at(policy.schedule.steps)[rows], batch.loss_seeds(shared=False)
         noisy = noised(policy, clean, batch.prompts, [seeds[r] for r in rows], self.caption_dropout)
         loss = noisy.error(policy).mean()
+        if self.labelled:  # of labels, always 0.5 and 1
+            return loss, {}
         return loss, {"reward/total": total.mean(), "reward/best": total.amax(1).mean()}

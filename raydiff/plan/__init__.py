@@ -18,7 +18,7 @@ from raydiff.placement import Claim
 from raydiff.plan.clusters import Machine
 from raydiff.plan.cost import count
 from raydiff.plan.memory import Memory, Model, gib, measure
-from raydiff.preflight import faults
+from raydiff.preflight import faults, metrics_fault
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Plan:
 def plan(run: Run, machine: Machine) -> Plan:
     """Look at a run and at a machine, or at a cluster's resources. Loads no weights."""
     problems, notes = faults(run, hub=False) + placement.faults(run, machine.nodes, machine.where), []
+    problems += [fault] if (fault := metrics_fault(run)) else []
     claims = placement.claims(run, machine.nodes)
     notes += _idle_generators(run) + _growth(run, machine)
 

@@ -2,6 +2,8 @@
 
 import io
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,6 +91,122 @@ def test_board_survives_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     said = board.flush()
     assert said is not None
     assert said.startswith("2 entries could not be logged to MLflow")
+
+
+def opened(run: Run, tmp_path: Path, name: str = "tiny-1") -> tuple[Tracker, Folder]:
+    folder = Folder(tmp_path) / name
+    folder.write("run.json", b"{}")
+    return tracking.start(run, tracking.prepare(run), folder.name, folder), folder
+
+
+@pytest.mark.parametrize("name", ["reward/clip@0.5", "a/../b", "x" * 300])
+def test_what_mlflow_refuses_for_good_is_left_out_and_told_once(
+    tiny_run: MakeRun, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker, folder = opened(tiny_run(changes={"storage": str(tmp_path)}), tmp_path)
+    board = Board(tracker, folder.uri)
+    board.add([{"step": step, "seconds": float(step), name: 0.5, "loss": 1 / step} for step in (1, 2, 3)], ["nowhere.png"])
+    board.settle(60)
+    folder.write("grid.png", b"png")
+    board.add([], ["grid.png"])
+    assert board.flush() is None
+    assert len(board.left_out().splitlines()) == 2
+    assert f"MLflow refuses {name!r} for good, and it is left out: " in board.left_out()
+    assert "MLflow refuses 'nowhere.png' for good" in board.left_out()
+    assert len([r for r in caplog.records if repr(name) in r.message]) == 1
+    client = tracker.client()
+    assert [m.value for m in client.get_metric_history(tracker.run_id, "loss")] == [1, 1 / 2, 1 / 3]
+    assert "grid.png" in [item.path for item in client.list_artifacts(tracker.run_id)]
+
+
+def test_a_run_that_mlflow_has_deleted_is_no_fault_of_the_names(tiny_run: MakeRun, tmp_path: Path) -> None:
+    """Nothing can be logged, and nothing is given up: it may be restored."""
+    tracker, folder = opened(tiny_run(changes={"storage": str(tmp_path)}), tmp_path)
+    tracker.client().delete_run(tracker.run_id)
+    board = Board(tracker, folder.uri)
+    board.add([{"step": 1, "seconds": 1.0, "loss": 0.5}], [])
+    board.settle(60)
+    assert board.left_out() == ""
+    tracker.client().restore_run(tracker.run_id)
+    assert board.flush() is None
+    assert tracker.steps() == {1}
+
+
+def test_a_parameter_that_mlflow_refuses_stops_no_run(
+    tiny_run: MakeRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tiny_run(changes={"storage": str(tmp_path), "pools.train.labels": {"zone@home": "a"}})
+    tracker, _ = opened(run, tmp_path)
+    params = tracker.client().get_run(tracker.run_id).data.params
+    assert params["name"] == "tiny"
+    assert "MLflow refuses 'pools.train.labels.zone@home' for good" in caplog.text
+
+
+def test_a_run_is_found_again_by_any_name(tmp_path: Path) -> None:
+    uri = tracking._sqlite(tmp_path, "storage")
+    experiment = tracking.experiment(uri, "x", Folder(tmp_path))
+    names = ["it's", 'say "x"', "a%b", "grün", "other"]
+    first = [tracking.open_run(uri, experiment, name, {}) for name in names]
+    assert len({tracker.run_id for tracker in first}) == len(names)
+    assert [tracking.open_run(uri, experiment, name, {}) for name in names] == first
+
+
+START = """
+import sys
+from raydiff.distributed import tracking
+from raydiff.distributed.storage import Folder
+folder, name = Folder(sys.argv[1]), sys.argv[2]
+uri = tracking._sqlite(folder.local, "storage")
+tracker = tracking.open_run(uri, tracking.experiment(uri, "fresh", folder), name, {"a": 1})
+tracker.log({"step": 1, "seconds": 1.0})
+"""
+
+
+@pytest.mark.timeout(300)
+def test_runs_that_start_at_once_in_a_fresh_folder_all_start(tmp_path: Path) -> None:
+    """Three real processes; and what one that died over the tables has left is no hindrance."""
+    (tmp_path / ".mlflow.db.draft").write_bytes(b"half of a file")
+    runs = [subprocess.Popen([sys.executable, "-c", START, str(tmp_path), f"run-{i}"]) for i in range(3)]
+    assert [run.wait() for run in runs] == [0, 0, 0]
+    client = tracking._client(tracking._sqlite(tmp_path, "storage"))
+    (fresh,) = [e for e in client.search_experiments() if e.name == "fresh"]
+    assert sorted(run.info.run_name for run in client.search_runs([fresh.experiment_id])) == ["run-0", "run-1", "run-2"]
+
+
+def test_a_file_that_is_no_database_and_a_deleted_experiment_are_named(tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "mlflow.db").write_text("not a database, and longer than SQLite's own header of a hundred bytes" * 9)
+    with pytest.raises(ConfigError, match=r"mlflow\.db cannot be used as MLflow's SQLite file .*move it away"):
+        tracking.experiment(tracking._sqlite(tmp_path / "broken", "storage"), "x", Folder(tmp_path))
+    uri = tracking._sqlite(tmp_path, "storage")
+    tracking._client(uri).delete_experiment(tracking.experiment(uri, "x", Folder(tmp_path)))
+    with pytest.raises(ConfigError, match=r"tracking\.experiment = 'x' was deleted in MLflow"):
+        tracking.experiment(uri, "x", Folder(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a?b", "a%41b", "?", "%2F"])
+def test_a_path_that_mlflow_would_read_otherwise_is_refused_and_planned(tiny_run: MakeRun, tmp_path: Path, name: str) -> None:
+    from raydiff.plan import plan
+    from raydiff.plan.clusters import here
+
+    run = tiny_run(changes={"storage": str(tmp_path / name)})
+    with pytest.raises(ConfigError, match=r"^storage = .*: MLflow would take .* give another folder$"):
+        tracking.uri(run)
+    with pytest.raises(ConfigError, match="^storage = "):
+        preflight(run)
+    assert any(fault.startswith("storage = ") for fault in plan(run, here()).problems)
+    assert tracking.uri(tiny_run(changes={"storage": str(tmp_path / name), "tracking.uri": "http://host"})) == "http://host"
+
+
+@pytest.mark.parametrize("name", ["a b#c", "a%b;c=1&d", "a'b: grün"])
+def test_other_paths_hold_the_file_and_the_artifacts(tiny_run: MakeRun, tmp_path: Path, name: str) -> None:
+    run = tiny_run(changes={"storage": str(tmp_path / name), "tracking.experiment": name})
+    folder = Folder(tmp_path / name) / "tiny-1"
+    folder.write("run.json", b"{}")
+    tracker = tracking.start(run, tracking.prepare(run), folder.name, folder)
+    assert (tmp_path / name / "mlflow.db").is_file()
+    assert (tmp_path / name / "mlartifacts" / name / tracker.run_id / "artifacts" / "run.json").is_file()
+    assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from raydiff.config import ConfigError, Run, flat, override
-from raydiff.core.policy import NonFiniteReward
+from raydiff.core.policy import NonFiniteReward, RewardFailed
 from raydiff.distributed import checkpoint, missed, tracking
 from raydiff.distributed.launch import Result, train
 from raydiff.distributed.storage import Folder, StorageError
@@ -263,6 +263,16 @@ def test_nan_reward_ends_the_run(cluster: str, ray_run: MakeRun, tmp_path: Path)
     client = tracking.Tracker(f"sqlite:///{tmp_path}/mlflow.db", "").client()
     (logged,) = client.search_runs([e.experiment_id for e in client.search_experiments()], "tags.`raydiff.name` LIKE 'tiny-%'")
     assert logged.info.status == "FAILED"
+
+
+@pytest.mark.parametrize("method", [pytest.param("draft_lv", marks=pytest.mark.slow), "sft"])
+def test_reward_that_raises_in_the_learner_ends_the_run(cluster: str, ray_run: MakeRun, tmp_path: Path, method: str) -> None:
+    """As the run's own fault, on both workers, whether the reward is asked in the loss or before it: no worker is lost."""
+    changes = {"storage": str(tmp_path), "method": {"kind": method}, "rewards.blue.raise_for": "a fox"}
+    with pytest.raises(
+        RewardFailed, match=r"reward 'blue' failed for prompt 'a fox', seed \d+: RuntimeError: the judge is asleep"
+    ):
+        train(ray_run({**changes, "train.max_failures": 0}))
 
 
 @pytest.fixture
