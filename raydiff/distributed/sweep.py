@@ -17,8 +17,8 @@ from typing import Any
 import rich
 
 from raydiff import placement
-from raydiff.config import ConfigError, Run, dump
-from raydiff.distributed import cluster, launch, learn, sweep_report, tracking
+from raydiff.config import ConfigError, Run, dump, override
+from raydiff.distributed import checkpoint, cluster, launch, learn, sweep_report, tracking
 from raydiff.distributed.progress import Progress
 from raydiff.distributed.storage import Folder
 from raydiff.distributed.sweep_report import Outcome, Point
@@ -30,6 +30,10 @@ from raydiff.search import Sweep
 SWEEP, TUNE = "sweep.json", "tune"
 _OBJECTIVE, _QUERIES = "objective", "reward_queries"
 _SETTLE = 30.0  # seconds that an evaluation waits for MLflow at most
+_BY_CONTENT = ("recipe", "set", "content")  # fields of a sweep that are compared as the one recipe that they make
+_COMPARED = ("train.updates", "train.stop_when", "generation", "evaluate")  # trials are, so it stays what it is
+MAY_CHANGE = ("name", *(path for path in checkpoint.MAY_CHANGE if not path.startswith(_COMPARED)))
+"""Fields of the recipe, or tables of them, that a resumed sweep may set anew: where and how its trials run."""
 _DRIVER = 0.001  # of the node's own resource: pins the driver, where a SQLite tracking file is
 
 
@@ -114,15 +118,20 @@ def _resumed(config: Sweep, base: Run, name: str) -> Folder:
         there = f"; there are {', '.join(names[-5:])}" if names else ""
         raise ConfigError(f"resume = {name!r}: no sweep was started in {folder}{there}")
     before, now = folder.read_json(SWEEP), json.loads(config.model_dump_json())
-    if differ := [field for field in now if before.get(field) != now[field] and field != "max_concurrent"]:
+    if not before.get("content"):
+        raise ConfigError(f"resume = {name!r}: {folder}/{SWEEP} does not hold the recipe; start a fresh sweep")
+    free = ("max_concurrent", *_BY_CONTENT)
+    differ = [f"{f}: {before.get(f)} then, {now[f]} now" for f in now if before.get(f) != now[f] and f not in free]
+    if differ := differ + checkpoint.differing(before["content"], base, MAY_CHANGE):
         raise ConfigError(
-            f"resume = {name!r}: the sweep was started with another {', '.join(differ)}; set these back, or start a fresh one"
+            f"resume = {name!r}: the sweep was started with other settings; set these back, or start a fresh one:\n  "
+            + "\n  ".join(differ)
         )
     return folder
 
 
 def _parent(config: Sweep, base: Run, folder: Folder, uri: str) -> tracking.Tracker:
-    fields = {name: value for name, value in config.model_dump(mode="json", exclude_unset=True).items() if name != "name"}
+    fields = config.model_dump(mode="json", exclude_unset=True, exclude={"name", "content"})
     return tracking.open_run(uri, tracking.prepare(base), folder.name, fields)
 
 
@@ -259,6 +268,12 @@ def _outcome(config: Sweep, folder: Folder, result: Any) -> Outcome:
     )
 
 
+def recipe_of(trial: Folder, base: Run) -> Run:
+    """The recipe that a trial ran, by its run.json; name, storage and tracking, which the sweep had set, are as in `base`."""
+    ran = Run.model_validate(trial.read_json(launch.RUN))
+    return override(ran, {"name": base.name, "storage": base.storage, "tracking": base.tracking.model_dump(mode="json")})
+
+
 def _finished(config: Sweep, base: Run, folder: Folder, parent: tracking.Tracker, outcomes: list[Outcome]) -> Result:
     """Write and log what the sweep found."""
     folder.write_json("outcomes.json", [asdict(o) for o in outcomes])
@@ -266,7 +281,7 @@ def _finished(config: Sweep, base: Run, folder: Folder, parent: tracking.Tracker
     files = sweep_report.write(config, outcomes)
     best = outcomes[0] if outcomes and outcomes[0].best else None
     if best:
-        files["best.toml"] = dump(config.run(best.values)).encode()
+        files["best.toml"] = dump(recipe_of(folder / best.trial, base)).encode()
     for name, data in files.items():
         folder.write(name, data)
         parent.file(folder, name)
