@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from raydiff.config import ConfigError, Run, flat
+from raydiff.contents import within
 from raydiff.core.policy import Calls
 from raydiff.distributed.storage import Folder
 
@@ -135,11 +136,6 @@ def differing(saved: Mapping[str, Any], run: Run, may_change: Sequence[str]) -> 
         for path in sorted(before.keys() | now.keys())
         if before.get(path) != now.get(path) and not within(path, may_change)
     ]
-
-
-def within(path: str, tables: Sequence[str]) -> bool:
-    """Whether a dotted path is one of these fields, or in one of these tables."""
-    return any(path == table or path.startswith(f"{table}.") for table in tables)
 
 
 def _name(step: int) -> str:

@@ -16,8 +16,9 @@ from typing import Any
 
 import rich
 
-from raydiff import placement
+from raydiff import contents, placement
 from raydiff.config import ConfigError, Run, dump, override
+from raydiff.contents import Contents
 from raydiff.distributed import checkpoint, cluster, launch, learn, sweep_report, tracking
 from raydiff.distributed.progress import Progress
 from raydiff.distributed.storage import Folder
@@ -62,12 +63,14 @@ def sweep(config: Sweep, *, resume: str | None = None) -> Result:
     base, examples = config.base(), config.examples()
     _preflight(config, base, examples)
     folder = _resumed(config, base, resume) if resume else _fresh(config, base)
+    held = _held(examples, folder, resumed=resume is not None)
     cluster.start(dashboard=True)
     most = concurrent(config, examples)
     uri = tracking.uri(base)
     parent = _parent(config, base, folder, uri)
     rich.print(f"{folder.name}: {config.count} trials, {most} at a time")
     job = {"sweep": config.model_dump_json(), "storage": folder.uri, "uri": uri, "parent": parent.run_id}
+    job["contents"] = held.dump()
     try:
         grid = _tuner(config, examples, folder, job, most, resume is not None).fit()
         outcomes = sorted((_outcome(config, folder, result) for result in grid), key=lambda o: o.rank)
@@ -128,6 +131,18 @@ def _resumed(config: Sweep, base: Run, name: str) -> Folder:
             + "\n  ".join(differ)
         )
     return folder
+
+
+def _held(examples: Sequence[Run], folder: Folder, *, resumed: bool) -> Contents:
+    """What the files hold that trials name, by field and place, written down. Raises ConfigError when a sweep that is gone on
+    with had others."""
+    before = launch.recorded(folder)
+    found = {key: digest for run in examples for key, digest in Contents.of(run).by_place(run).items()}
+    now = Contents.with_seen(found)
+    if resumed:
+        now = launch.same_contents(before, now, folder)
+    folder.write(contents.FILE, now.dump().encode())
+    return now
 
 
 def _parent(config: Sweep, base: Run, folder: Folder, uri: str) -> tracking.Tracker:
@@ -207,7 +222,8 @@ def _drive(config: dict[str, Any], job: dict[str, str]) -> None:
     name = tune.get_context().get_trial_id()
     run = sweep.run(_values(config) | {"name": name, "storage": job["storage"], "tracking.uri": job["uri"]})
     tags = {"mlflow.parentRunId": job["parent"], "ray.trial_id": name}
-    launch.trial(run, name, tags, _Reporting(sweep, run.train.updates))
+    started = Contents.load(job["contents"]).at_place(run)
+    launch.trial(run, name, tags, _Reporting(sweep, run.train.updates), started)
 
 
 def _values(config: Mapping[str, Any]) -> dict[str, Any]:

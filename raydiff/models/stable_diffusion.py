@@ -53,6 +53,13 @@ class Plugin(ModelConfig):
     def folder(self) -> str:
         return str(assets.path("pipeline")) if self.path == "embedded" else self.path
 
+    def files(self) -> dict[str, Path | str]:
+        folder = Path(self.folder())
+        parts: dict[str, Path | str] = {"path": f"{self.path}@{self.revision}" if self.revision else self.path}
+        if folder.is_dir():
+            parts = {f"path/{part}": folder / part for part in (*_FOLDERS, "tokenizer", "scheduler", "model_index.json")}
+        return super().files() | parts | {f"adapters.{i}": Path(adapter) for i, adapter in enumerate(self.adapters)}
+
     def preflight(self) -> None:
         if self.path != "embedded" and not Path(self.path).exists() and not _is_hub_id(self.path):
             raise FileNotFoundError(f"model.path = {self.path!r} is neither a folder here nor a hub id like 'owner/name'")

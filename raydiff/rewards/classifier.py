@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from raydiff.core.reward_vjp import Reward
 from raydiff.rewards._images import Preprocess, at_least_fp32, preprocess_of
-from raydiff.rewards._pretrained import CONFIG, PROCESSOR, WEIGHTS, Dtype, check_folder, load_frozen, read_json, source
+from raydiff.rewards._pretrained import CONFIG, PROCESSOR, WEIGHTS, Dtype, check_folder, load_frozen, located, read_json, source
 from raydiff.rewards.base import RewardConfig
 
 if TYPE_CHECKING:
@@ -47,6 +47,13 @@ class Plugin(RewardConfig):
                 f"label = {self.label!r}: model = {EFFICIENTNET!r} ships no class names; set label to a class number of"
                 ' ImageNet, "0" to "999"'
             )
+
+    def files(self) -> dict[str, Path | str]:
+        if self.model != EFFICIENTNET:
+            return super().files() | {"model": located(self.model, **EMBEDDED)}
+        from raydiff.rewards._efficientnet_lite import weights_file
+
+        return super().files() | {"model": weights_file()}
 
     def preflight(self) -> None:
         if self.model == EFFICIENTNET:

@@ -6,6 +6,7 @@ Legend: B images, E embedding width, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from raydiff.rewards._pretrained import (
     Dtype,
     check_folder,
     load_frozen,
+    located,
     source,
 )
 from raydiff.rewards.base import RewardConfig
@@ -38,6 +40,10 @@ class Plugin(RewardConfig):
     """Multiply by the learned temperature, about 100: PickScore's scale, near 20 for a good picture."""
     dtype: Dtype = "float32"
     """Precision of the weights; half precision is for GPUs. The score is fp32 all the same."""
+
+    def files(self) -> dict[str, Path | str]:
+        processor = {"processor": located(self.processor, embedded="clip")} if self.processor else {}
+        return super().files() | {"model": located(self.model, embedded="clip")} | processor
 
     def preflight(self) -> None:
         check_clip(self.model, self.processor)
