@@ -27,7 +27,7 @@ from raydiff.config import ConfigError, PluginConfig, Run
 if TYPE_CHECKING:
     from raydiff.session import Session
 
-FILE = "contents.json"
+FILE, MISSING = "contents.json", "missing"
 Location = Path | str
 """A file or a folder; or, as a string, a hub id: "owner/name" or "owner/name@revision"."""
 
@@ -49,8 +49,12 @@ class Contents:
 
     @classmethod
     def of(cls, run: Run) -> Contents:
-        """As the files are now. Hub ids are left to who loads them: the cache of another node may hold another snapshot."""
-        return cls.with_seen(digests(run, hub=False))
+        """As the files are now, as far as a process that loads nothing can tell.
+
+        Left to who loads them are hub ids, of which another node may hold another snapshot, files that are not on this machine,
+        and plugins with a runtime_env.
+        """
+        return cls.with_seen(digests(run, loaded=False))
 
     @classmethod
     def with_seen(cls, digests: dict[str, str]) -> Contents:
@@ -70,14 +74,15 @@ class Contents:
 
     def joined(self, found: Mapping[str, str]) -> Contents:
         """With what others found behind fields that are unknown here."""
-        return Contents({**found, **self.digests}, self.raydiff, self.seen)
+        return Contents({**found, **{k: d for k, d in self.digests.items() if d != MISSING}}, self.raydiff, self.seen)
 
     def compare(self, now: Mapping[str, str], may_change: Sequence[str] = ()) -> None:
-        """Raise ConfigError, with each field and both digests, when a field that both know holds something else now."""
+        """Raise ConfigError, with each field and both digests, when a field that both know holds something else now; what was
+        missing here was not known."""
         differ = [
             f"{name}: {before[:12]} then, {now[name][:12]} now"
             for name, before in sorted(self.digests.items())
-            if now.get(name, before) != before and not within(name, may_change)
+            if now.get(name, before) != before != MISSING and not within(name, may_change)
         ]
         if differ:
             raise ConfigError(
@@ -102,21 +107,26 @@ class Contents:
 
     def by_place(self, run: Run) -> dict[str, str]:
         """{"FIELD = PLACE": digest}: runs that name different files in one field can share this."""
-        return {_placed(name, where): self.digests[name] for name, where in located(run).items() if name in self.digests}
+        return {
+            _placed(name, where): self.digests[name]
+            for name, where in located(run, loaded=False).items()
+            if name in self.digests
+        }
 
     def at_place(self, run: Run) -> Contents:
         """The run's fields, of the digests of `by_place`."""
-        known = {name: self.digests.get(_placed(name, where)) for name, where in located(run).items()}
+        known = {name: self.digests.get(_placed(name, where)) for name, where in located(run, loaded=False).items()}
         return Contents({name: digest for name, digest in known.items() if digest}, self.raydiff, self.seen)
 
 
-def located(run: Run) -> dict[str, Location]:
+def located(run: Run, *, loaded: bool = True) -> dict[str, Location]:
     """Where what decides a run's results lies, by the field's dotted path; some folders by their parts: model.path/unet."""
     from raydiff.rewards._pretrained import located as pretrained
 
     rewards = {f"rewards.{name}": r for name, r in run.rewards.named.items()}
     measured = {f"evaluate.rewards.{name}": r for name, r in run.evaluate.rewards.items()}
-    found = of_parts({"model": run.model, "method": run.method, **rewards, **measured})
+    parts: dict[str, PluginConfig] = {"model": run.model, "method": run.method, **rewards, **measured}
+    found = of_parts({path: part for path, part in parts.items() if loaded or not getattr(part, "runtime_env", None)})
     if run.evaluate.clip is not None:
         found["evaluate.clip"] = pretrained(run.evaluate.clip, embedded="clip")
     sources = {"prompts.train": run.prompts.train, "prompts.held_out": run.prompts.held_out}
@@ -127,28 +137,21 @@ def located(run: Run) -> dict[str, Location]:
 
 
 def of_parts(parts: Mapping[str, PluginConfig]) -> dict[str, Location]:
-    """The files of plugins, by their dotted paths. Where a runtime_env is missing here, a plugin may not be able to say."""
-    found: dict[str, Location] = {}
-    for path, part in parts.items():
-        try:
-            found |= {f"{path}.{name}": where for name, where in part.files().items()}
-        except (ValueError, OSError, ImportError):
-            if not getattr(part, "runtime_env", None):
-                raise
-    return found
+    """The files of plugins, by their dotted paths."""
+    return {f"{path}.{name}": where for path, part in parts.items() for name, where in part.files().items()}
 
 
 def digests(
-    run: Run, fields: Sequence[str] = (), prompts: Mapping[str, Sequence[str]] | None = None, *, hub: bool = True
+    run: Run, fields: Sequence[str] = (), prompts: Mapping[str, Sequence[str]] | None = None, *, loaded: bool = True
 ) -> dict[str, str]:
     """Digest of what lies behind each field, or each in the tables `fields`; `prompts` were read already, by their fields.
 
-    A hub id has its cached snapshot's commit, and none when it is not cached. Raises OSError or ValueError for what cannot be
-    read.
+    A hub id has its cached snapshot's commit, and none when it is not cached. `loaded`: this process has loaded them, and can
+    answer for all. Raises OSError or ValueError for what cannot be read.
     """
     from raydiff.data.prompts import read_both
 
-    wanted = {name: where for name, where in located(run).items() if not fields or within(name, fields)}
+    wanted = {name: where for name, where in located(run, loaded=loaded).items() if not fields or within(name, fields)}
     found: dict[str, str] = {}
     if of_prompts := [name for name in wanted if name.startswith("prompts.")]:
         prompts = prompts or dict(zip(("prompts.train", "prompts.held_out"), read_both(run.prompts), strict=True))
@@ -157,19 +160,22 @@ def digests(
             found[name] = hashlib.sha256(json.dumps(list(prompts[name])).encode()).hexdigest()
     if (path := wanted.pop("pairs.path", None)) is not None:
         found["pairs.path"] = of_pairs(path, pictures=run.method.labelled)
-    return found | of_locations(wanted, hub=hub)
+    files = of_locations(wanted)
+    if not loaded:
+        files = {name: digest for name, digest in files.items() if isinstance(wanted[name], Path) and digest != MISSING}
+    return found | files
 
 
-def of_locations(locations: Mapping[str, Location], *, hub: bool = True) -> dict[str, str]:
-    """Digest of each, "missing" where there is nothing: who loads it says so better. Raises OSError for what is unreadable."""
+def of_locations(locations: Mapping[str, Location]) -> dict[str, str]:
+    """Digest of each, MISSING where there is nothing: who loads it says so better. Raises OSError for what is unreadable."""
     found = {name: of_path(where) if isinstance(where, Path) else commit(where) for name, where in locations.items()}
-    return {name: digest for name, digest in found.items() if digest and (hub or isinstance(locations[name], Path))}
+    return {name: digest for name, digest in found.items() if digest}
 
 
 def of_path(path: Path) -> str:
     """SHA-256 of a file; of a folder, over the names and digests of its files, but for weights beside safetensors."""
     if not path.is_dir():
-        return _of_file(path) if path.is_file() else "missing"
+        return _of_file(path) if path.is_file() else MISSING
     files = [f for f in sorted(path.rglob("*")) if f.is_file() and not _hidden(f.relative_to(path))]
     safe = {f.parent for f in files if f.suffix == ".safetensors"}
     total = hashlib.sha256()
@@ -212,7 +218,7 @@ def _of_pictures(files: Sequence[Path], name: str) -> str:
     newest = max((max(s.st_mtime, s.st_ctime) for s in states if s), default=0.0)
 
     def each() -> str:
-        lines = (_sha(file) if file.is_file() else "missing" for file in files)
+        lines = (_sha(file) if file.is_file() else MISSING for file in files)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     return _remembered(name, stamp.hexdigest(), newest, each)

@@ -318,7 +318,6 @@ def test_a_hub_id_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.Mon
     (model / "snapshots" / "def").mkdir(parents=True)
     assert [contents.commit(i) for i in ("owner/name", "owner/name@def", "owner/name@v1")] == ["abc", "def", None]
     assert contents.of_locations({"model.path": "owner/name"}) == {"model.path": "abc"}
-    assert contents.of_locations({"model.path": "owner/name"}, hub=False) == {}
 
 
 def test_modules_of_ones_own() -> None:
@@ -334,8 +333,9 @@ def test_a_file_that_is_gone_is_named(whole: MakeRun, files: Path) -> None:
     before = Contents.of(whole())
     (files / "adapter/pytorch_lora_weights.safetensors").unlink()
     (files / "adapter").rmdir()
+    assert "model.adapters.0" not in Contents.of(whole()).digests  # it may be on the nodes that load it
     with pytest.raises(ConfigError, match=r"model\.adapters\.0: \w{12} then, missing now"):
-        before.compare(Contents.of(whole()).digests)
+        before.check(whole(), ["model"])
     with pytest.raises(FileNotFoundError, match=r"model\.adapters: adapter .*there is no"):
         next(fit(whole()))
 
@@ -349,3 +349,22 @@ def test_runs_share_what_lies_in_one_place(whole: MakeRun, files: Path) -> None:
     for run in runs:
         assert Contents(shared).at_place(run).digests == Contents.of(run).digests
     assert Contents.of(runs[0]).digests["model.path/unet"] != Contents.of(runs[1]).digests["model.path/unet"]
+
+
+def test_what_a_driver_cannot_tell_is_left_to_who_loads(whole: MakeRun, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub id, and a reward with packages of its own: what loads them says it, and later ones are compared with that."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(files / "hub"))
+    refs = files / "hub" / "models--owner--name" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text("a" * 40)
+    own = {"rewards.dark.runtime_env": {"pip": ["x"]}, "rewards.where": "pool", "model.path": "owner/name"}
+    run = whole(own)
+    driver = Contents.of(run)
+    assert not {"rewards.dark.kind", "model.path"} & driver.digests.keys()
+    loaded = contents.digests(run, ["model", "rewards.dark"])
+    assert loaded["model.path"] == "a" * 40 and "rewards.dark.kind" in loaded
+    held = driver.joined(loaded)
+    assert held.check(run, ["model", "rewards.dark"]) == loaded
+    (refs / "main").write_text("b" * 40)
+    with pytest.raises(ConfigError, match=r"model\.path: aaaaaaaaaaaa then, bbbbbbbbbbbb now"):
+        held.check(run, ["model", "rewards.dark"])

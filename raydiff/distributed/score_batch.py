@@ -56,7 +56,7 @@ def score(
     for name, reward in named.items():
         if not reward.runtime_env:
             _checked(f"rewards.{name}", reward)
-    held = Contents.with_seen(_loaded(named))
+    held = Contents.with_seen(_loaded({name: reward for name, reward in named.items() if not reward.runtime_env}))
     tickets, files = _tickets(dataset, columns, rows_per_file)
     made_from = {
         "dataset": Folder(dataset).uri,
