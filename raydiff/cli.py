@@ -17,6 +17,7 @@ from raydiff import cli_pairs
 
 if TYPE_CHECKING:
     from raydiff.config import Pool, Run, Sampler
+    from raydiff.contents import Contents
     from raydiff.generate import Adapter
     from raydiff.models.base import ModelConfig
 
@@ -410,10 +411,11 @@ def _preflight(run: Run) -> None:
 
 
 def _train_here(run: Run) -> None:
-    """`raydiff.fit` with a progress line, then run.json, metrics.jsonl, the adapter and the before/after grid."""
+    """`raydiff.fit` with a progress line; run.json, contents.json, metrics.jsonl, the adapter and the before/after grid."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from raydiff import local, watch
+    from raydiff.contents import FILE, Contents
     from raydiff.core.guard import METRICS
 
     if "://" in run.storage:
@@ -422,6 +424,8 @@ def _train_here(run: Run) -> None:
     device = "cpu" if gpus == 0 else _device(None) if gpus is None else _device("cuda", f"pools.train.num_gpus = {gpus:g}:")
     folder = Path(run.storage) / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     _writable(folder)
+    held = Contents.of(run)
+    (folder / FILE).write_text(held.dump())
     (folder / "run.json").write_text(run.model_dump_json(indent=1))
     rows: list[dict[str, float]] = []
     reward = 0.0
@@ -443,16 +447,17 @@ def _train_here(run: Run) -> None:
     if best := watch.best(run, rows):
         typer.echo(f"best adapter: {local.best_folder(folder / 'adapter')}: {best}")
     if run.evaluate.grid:
-        typer.echo(f"before and after: {_before_after(run, folder, device)}")
+        typer.echo(f"before and after: {_before_after(run, folder, device, held)}")
 
 
-def _before_after(run: Run, folder: Path, device: str) -> Path:
+def _before_after(run: Run, folder: Path, device: str, held: Contents) -> Path:
     """The grid of the evaluation's first pictures without and with the trained weights."""
     from raydiff import pictures
     from raydiff.config import override
     from raydiff.session import Session
 
     session = Session(override(run, {"evaluate.images": min(run.evaluate.images, run.evaluate.grid)}), device)
+    held.check_session(session)  # the run's files are read again
     before = session.evaluate()
     session.model.load(folder / "adapter")
     return pictures.save(pictures.before_after(before, session.evaluate()), folder / "before_after.png")
@@ -490,10 +495,11 @@ def _draw(
     from raydiff import generate as drawing
 
     drawing.check(adapters)
-    loaded = drawing.load(model, adapters, _device(device))
+    loaded, made_from = drawing.loaded(model, sampler, adapters, _device(device))
     drawn = drawing.samples(loaded, prompts, seeds, sampler, batch)
-    pictures, name = len(prompts) * len(seeds), model.name
-    grid = drawing.write(_progress(drawn, pictures, "pictures"), to, model=name, sampler=sampler, adapters=adapters)
+    pictures = len(prompts) * len(seeds)
+    progress = _progress(drawn, pictures, "pictures")
+    grid = drawing.write(progress, to, model=made_from["model"], sampler=sampler, adapters=adapters, made_from=made_from)
     typer.echo(f"{pictures} pictures, images.json and {grid}")
 
 

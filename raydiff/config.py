@@ -70,6 +70,16 @@ class PluginConfig(Config):
     def preflight(self) -> None:
         """Raise ValueError or OSError when a file or package that this plugin needs is missing. Called before workers start."""
 
+    def files(self) -> dict[str, Path | str]:
+        """What decides its results beside its fields, by field, a folder perhaps by its parts: a file or folder; as a string, a
+        hub id, "owner/name" or "owner/name@revision". raydiff.contents records what it holds, and compares.
+
+        These are a plugin's own modules; one that reads files adds them: `super().files() | {"weights": Path(self.weights)}`.
+        """
+        from raydiff.contents import modules
+
+        return modules(type(self))
+
 
 def plugin(package: str, base: str) -> Any:
     """The field type of a plugin of `package`: a table whose `kind` names the module that holds its class `Plugin`, a subclass

@@ -132,10 +132,7 @@ def evaluate(
         "confidence": statistics.CONFIDENCE,
         "warnings": [text for text in [statistics.few(count)] if text],
         "clip": run.evaluate.clip,
-        "made_from": {
-            name: generate.origin(run.model.name, run.sampler, side)
-            for side, name in zip(sides, ("adapter", "against"), strict=True)
-        },
+        "made_from": judge.made_from,
     }
     return Report(about, compare(ours, theirs, count), ours, theirs)
 
@@ -161,6 +158,7 @@ class Judge:
 
     def __init__(self, run: Run, device: torch.device | str) -> None:
         self.run, self.device = run, device
+        self.made_from: dict[str, Any] = {}  # of each side that was drawn
         self.score = Scores.here(run, device).evaluation
         self.clip: Any = None
         if run.evaluate.clip is not None:
@@ -172,7 +170,7 @@ class Judge:
         self, adapters: Sequence[Adapter], pairs: Sequence[tuple[str, int]], progress: Progress, name: str
     ) -> list[Picture]:
         """One side's pictures, scored a batch at a time."""
-        model = generate.load(self.run.model, adapters, self.device)
+        model, self.made_from[name] = generate.loaded(self.run.model, self.run.sampler, adapters, self.device)
         batch = self.run.evaluate.batch
         drawn = iter(progress(generate.of_pairs(model, pairs, self.run.sampler, batch), len(pairs), name))
         scored: list[Picture] = []

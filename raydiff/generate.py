@@ -20,6 +20,7 @@ import torch
 
 from raydiff import __version__, pictures, sampling
 from raydiff.config import Sampler
+from raydiff.contents import Contents, of_locations, of_parts
 from raydiff.core.policy import LatentModel
 from raydiff.models import lora
 from raydiff.models.base import ModelConfig
@@ -83,6 +84,23 @@ def load(model: ModelConfig, adapters: Sequence[Adapter] = (), device: torch.dev
     return model.load(device, [(adapter.folder, adapter.weight) for adapter in adapters])
 
 
+def files(model: ModelConfig, adapters: Sequence[Adapter]) -> dict[str, str]:
+    """Digests of the files that a model with adapters is loaded from."""
+    folders = {f"adapters.{i}": Path(adapter.folder) for i, adapter in enumerate(adapters)}
+    return of_locations({**of_parts({"model": model}), **folders})
+
+
+def loaded(
+    model: ModelConfig, sampler: Sampler, adapters: Sequence[Adapter] = (), device: torch.device | str = "cpu"
+) -> tuple[LatentModel, dict[str, Any]]:
+    """(`load`, `origin`) of the same files. Raises ConfigError when one is replaced meanwhile, as by a training."""
+    held = Contents(files(model, adapters))
+    made_from = origin(model.name, sampler, adapters)
+    drawing = load(model, adapters, device)
+    held.compare(files(model, adapters))
+    return drawing, made_from
+
+
 def samples(
     model: LatentModel, prompts: Sequence[str], seeds: Sequence[int], sampler: Sampler, batch: int = 8
 ) -> Iterator[Sample]:
@@ -104,15 +122,21 @@ def of_pairs(model: LatentModel, pairs: Sequence[tuple[str, int]], sampler: Samp
 
 
 def write(
-    drawn: Iterable[Sample], folder: str | Path, *, model: str, sampler: Sampler, adapters: Sequence[Adapter] = ()
+    drawn: Iterable[Sample],
+    folder: str | Path,
+    *,
+    model: str,
+    sampler: Sampler,
+    adapters: Sequence[Adapter] = (),
+    made_from: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write each picture as it comes, then `images.json` and `grid.png`, whose path is returned.
 
-    A PNG's text fields say what it was made from: prompt, seed, model, adapters, sampler.
+    A PNG's text fields say what it was made from: prompt, seed, model, adapters, sampler; `made_from`, if `loaded` gave it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    made_from = origin(model, sampler, adapters)
+    made_from = origin(model, sampler, adapters) if made_from is None else made_from
     written, index = [], []
     for i, sample in enumerate(drawn):
         name = file_name(i, sample)

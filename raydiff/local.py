@@ -11,6 +11,7 @@ import torch
 
 from raydiff import watch
 from raydiff.config import Run
+from raydiff.contents import Contents
 from raydiff.core.learner import TorchEngine
 from raydiff.session import Picture, Session, summary
 
@@ -29,11 +30,13 @@ def fit(
     best.json, to `best_folder(folder)` beside it. `show` gets each evaluation's pictures, with the updates done before it.
     Workers and ZeRO stage play no role here; the batch is the same.
 
-    Raises ConfigError for a metric of `train.stop_when` that the run does not measure, and FloatingPointError when a loss or a
-    gradient is not finite, or no update has a gradient.
+    Raises ConfigError for a metric of `train.stop_when` that the run does not measure, and for files that are replaced while
+    they are loaded; FloatingPointError when a loss or a gradient is not finite, or no update has a gradient.
     """
+    held = Contents.of(run)
     session = Session(run, device)
     session.prepare()
+    held.check_session(session, "pairs", *(["evaluate.clip"] if session.embed else []))
     optimizer, scheduler = session.optimizer()
     engine = TorchEngine(
         optimizer, scheduler, session.geometry.step_accumulation, run.optimizer.max_grad_norm, session.loss_scale

@@ -109,6 +109,9 @@ class Sweep(Config):
     """The run file that all trials share."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Fields of it to set anew, by dotted path."""
+    content: Run | None = None
+    """What the recipe held, with `set`, when the sweep was made. The file is not read again: this goes with the sweep to its
+    trials and to sweep.json. A sweep file has no such key."""
     space: dict[str, Axis] = Field(min_length=1)
     """The fields to vary, by dotted path."""
     search: Literal["random", "grid", "optuna"] = "random"
@@ -123,15 +126,21 @@ class Sweep(Config):
     max_concurrent: int | None = Field(None, ge=1)
     """Trials at once; None: as many as the cluster has room for."""
 
-    @field_validator("set")
+    @model_validator(mode="before")
     @classmethod
-    def _paths(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _reads_the_recipe(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or "content" in data or not isinstance(data.get("recipe"), str):
+            return data
+        values = data.get("set", {})
+        if not isinstance(values, Mapping):
+            return data
         for path, value in values.items():
             if isinstance(value, Mapping) and "kind" not in value:
                 raise ValueError(
                     f'{path} is a table and would replace the whole of the recipe\'s: quote the path, "{path}.FIELD" = ...'
                 )
-        return values
+        run = config.load(data["recipe"])
+        return {**data, "content": override(run, values) if values else run}
 
     @model_validator(mode="after")
     def _can_work(self) -> Self:
@@ -170,9 +179,9 @@ class Sweep(Config):
         return (self.trials or 1) * math.prod(len(values) for values in multiplied)
 
     def base(self) -> Run:
-        """The recipe. Raises ConfigError."""
-        run = config.load(self.recipe)
-        return override(run, self.set) if self.set else run
+        """The recipe, as it was when the sweep was made."""
+        assert self.content is not None
+        return self.content
 
     def run(self, values: Mapping[str, Any]) -> Run:
         """A trial's run. Raises ConfigError."""
@@ -218,6 +227,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         raise ConfigError(f"sweep {str(path)!r} does not exist") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    if "content" in tree:
+        raise ConfigError(f"{path}: unknown key 'content'; a sweep file names its recipe")
     if given := config.parsed(overrides):
         tree["set"] = {**tree.get("set", {}), **given}
     return config.validated(tree, Sweep)

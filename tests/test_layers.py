@@ -24,7 +24,7 @@ def modules(package: object) -> list[str]:
     ("layer", "forbidden"),
     [
         (["raydiff", "raydiff.assets"], HEAVY | {"pydantic"}),
-        (["raydiff.config", "raydiff.search", "raydiff.bench.settings"], HEAVY),
+        (["raydiff.config", "raydiff.contents", "raydiff.search", "raydiff.bench.settings"], HEAVY),
         (["raydiff.cli", "raydiff.cli_pairs"], HEAVY),
         (modules(raydiff.core), BESIDE_TORCH | {"pydantic"}),
         ([*modules(raydiff.methods), *modules(raydiff.rewards), *modules(raydiff.models)], BESIDE_TORCH),

@@ -78,6 +78,29 @@ def test_json_round_trip_is_exact(make: Make) -> None:
     assert Sweep.model_validate_json(sweep.model_dump_json()) == sweep
 
 
+def test_a_sweep_holds_what_its_recipe_was(make: Make, tmp_path: Path) -> None:
+    """Neither it nor a copy that a trial gets reads the file again."""
+    sweep = make({"method.k": {"choice": [1, 2]}}, set={"train.updates": 7})
+    before, recipe = sweep.base(), tmp_path / "recipe.json"
+    recipe.write_text(recipe.read_text().replace('"lr":0.01', '"lr":0.5'))
+    assert load(recipe).optimizer.lr == 0.5
+    for held in (sweep, Sweep.model_validate_json(sweep.model_dump_json())):
+        assert held.base() == before and held.base().train.updates == 7
+        assert held.run({"method.k": 2}).optimizer.lr == before.optimizer.lr == 0.01
+        assert {run.optimizer.lr for run in held.examples()} == {0.01}
+    recipe.unlink()
+    assert Sweep.model_validate_json(sweep.model_dump_json()).run({}) == before
+
+
+def test_a_sweep_file_has_no_content_of_its_own(make: Make, tmp_path: Path) -> None:
+    make({"method.k": {"choice": [1]}})
+    (tmp_path / "sweep.toml").write_text(
+        f'recipe = "{tmp_path}/recipe.json"\ntrials = 1\n[space]\n"method.k" = {{choice = [1]}}\n[content]\nname = "x"\n'
+    )
+    with pytest.raises(ConfigError, match="unknown key 'content'; a sweep file names its recipe"):
+        search.load(tmp_path / "sweep.toml")
+
+
 def test_counts_and_examples(make: Make) -> None:
     drawn = make({"method.k": {"grid": [1, 2, 3]}, "optimizer.lr": {"loguniform": [1e-4, 1e-2]}})
     assert drawn.count == 12

@@ -32,6 +32,7 @@ from raydiff.plan.clusters import cluster_nodes
 
 HIDDEN = "_raydiff"
 ABOUT, BAD_ROWS = f"{HIDDEN}/dataset.json", f"{HIDDEN}/bad_rows.jsonl"
+CONTENTS = "contents"  # of `made_from`: digests of the files behind fields
 _RETRIES = 2  # of a ticket whose worker raised or died
 _EVERY = 10.0  # seconds between lines where there is no terminal
 
@@ -196,12 +197,15 @@ def check_own(output: Output) -> bool:
 
 
 def check_same(output: Output, made_from: Mapping[str, Any]) -> None:
-    """Raise ConfigError, saying what differs, when the dataset was begun with other settings."""
+    """Raise ConfigError, saying what differs, when the dataset was begun with other settings, or files of another content."""
     if not check_own(output):
         return
     old, new = _flat(output.folder.read_json(ABOUT)["made_from"]), _flat(json.loads(json.dumps(made_from)))
+    unknown = {key for key in old.keys() ^ new.keys() if key.startswith(f"{CONTENTS}.")}  # as a hub id that is not cached here
     differ = [
-        f"{key} = {old.get(key)!r} there, {new.get(key)!r} now" for key in sorted(old | new) if old.get(key) != new.get(key)
+        f"{key} = {old.get(key)!r} there, {new.get(key)!r} now"
+        for key in sorted((old | new).keys() - unknown)
+        if old.get(key) != new.get(key)
     ]
     if differ:
         raise ConfigError(

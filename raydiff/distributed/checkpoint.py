@@ -12,7 +12,7 @@ slot, so there is no state of a random generator.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from raydiff.config import ConfigError, Run, flat
+from raydiff.contents import within
 from raydiff.core.policy import Calls
 from raydiff.distributed.storage import Folder
 
@@ -118,20 +119,24 @@ def latest(folder: Folder) -> Checkpoint | None:
 
 def check_same_run(saved: Mapping[str, Any], run: Run) -> None:
     """Raise ConfigError, with each differing path, when `run` would compute something else than the saved run's JSON."""
+    fixed = MAY_CHANGE if run.optimizer.schedule == "constant" else tuple(p for p in MAY_CHANGE if p != "train.updates")
+    if differ := differing(saved, run, fixed):
+        raise ConfigError(
+            "the run to resume was started with another config; set these back, or start a fresh run:\n  " + "\n  ".join(differ)
+        )
+
+
+def differing(saved: Mapping[str, Any], run: Run, may_change: Sequence[str]) -> list[str]:
+    """A line for each path in which `run` differs from the saved run's JSON, but for those that may. Raises ConfigError."""
     try:
         before, now = (flat(r) | {"evaluate.best": r.evaluate.best_metric} for r in (Run.model_validate(saved), run))
     except ValidationError as error:
         raise ConfigError(f"the saved run cannot be read by this version of raydiff: {error}") from None
-    fixed = MAY_CHANGE if run.optimizer.schedule == "constant" else tuple(p for p in MAY_CHANGE if p != "train.updates")
-    differ = [
+    return [
         f"{path}: {before.get(path)!r} then, {now.get(path)!r} now"
         for path in sorted(before.keys() | now.keys())
-        if before.get(path) != now.get(path) and not any(path == p or path.startswith(f"{p}.") for p in fixed)
+        if before.get(path) != now.get(path) and not within(path, may_change)
     ]
-    if differ:
-        raise ConfigError(
-            "the run to resume was started with another config; set these back, or start a fresh run:\n  " + "\n  ".join(differ)
-        )
 
 
 def _name(step: int) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from raydiff.config import Run
+from raydiff.config import ConfigError, Run
+from raydiff.contents import Contents
 from raydiff.core.rollouts import Rollouts
 from raydiff.distributed import rows, weights
 from raydiff.placement import GENERATE
@@ -34,19 +36,26 @@ class Gate:
 
 
 class Generator:
-    """Samples the micro-batch of a ticket with the newest weights. The base model is loaded once."""
+    """Samples the micro-batch of a ticket with the newest weights. The base model is loaded once.
 
-    def __init__(self, run: str, store: Any, attempt: str) -> None:
+    What it loads is compared with `contents`. A fault there answers the first block: a constructor that raises is a lost actor
+    to Ray Data.
+    """
+
+    def __init__(self, run: str, store: Any, attempt: str, contents: str | None = None) -> None:
         self.run = Run.model_validate_json(run)
         self.store, self.attempt = store, attempt
         self.version: int | None = None
         self.digest, self.probe = "", np.zeros(weights.PROBE, np.float32)
         self.load()
+        self.fault = fault_of(lambda: contents and Contents.load(contents).check_session(self.session))
         self.free_since = time.monotonic()
 
     def __call__(self, block: rows.Columns) -> rows.Columns:
         if not len(block["ticket"]):
             return block
+        if self.fault is not None:
+            raise self.fault
         start = time.monotonic()
         self.refresh()
         columns = self.sample(int(block["ticket"][0]))
@@ -98,6 +107,15 @@ class Generator:
             for name, p in self.session.model.trained().items():
                 p.copy_(torch.from_numpy(np.array(arrays[name])))
         return weights.digest(weights.to_numpy(self.session.model.trained())), weights.probe(self.session)
+
+
+def fault_of(check: Callable[[], Any]) -> ConfigError | None:
+    """What a check raises, to be told when somebody asks."""
+    try:
+        check()
+    except ConfigError as error:
+        return error
+    return None
 
 
 def device(num_cpus: float) -> torch.device:

@@ -16,6 +16,7 @@ from typing import Any
 
 from raydiff import generate as drawing
 from raydiff.config import ConfigError, Pool, Sampler
+from raydiff.contents import Contents
 from raydiff.data import images
 from raydiff.data import prompts as prompt_files
 from raydiff.distributed import batch
@@ -71,6 +72,7 @@ def generate(
     model.preflight()
     png = not to.rstrip("/").endswith(".parquet")
     output = Output(Folder(to).uri, HIDDEN if png else "", ".jsonl" if png else ".parquet")
+    held = Contents.with_seen(drawing.files(model, adapters))  # before what rows say of them
     origin = drawing.origin(model.name, sampler, adapters)
     recipe = Recipe(model, sampler, tuple(adapters), tuple(seeds), batch_size, origin, drawing.model_digest(model))
     per_file = max(1, rows_per_file // len(seeds))
@@ -83,6 +85,7 @@ def generate(
         "sampler": origin["sampler"],
         "prompts": digest,
         "seeds": list(seeds),
+        batch.CONTENTS: {name: digest for name, digest in held.digests.items() if name.startswith("model.")},
         "batch": batch_size,
         "rows_per_file": rows_per_file,
     }
@@ -93,7 +96,7 @@ def generate(
         tickets=[{"start": a, "stop": b} for a, b in batch.split(0, count, per_file)],
         rows_per_file=per_file,
         worker=Drawer if png else Generator,
-        arguments=(output, recipe, per_file),
+        arguments=(output, recipe, per_file, held.dump()),
         pool=pool or Pool(),
         max_bad_rows=max_bad_rows,
     )
@@ -106,11 +109,12 @@ def generate(
 class Generator(Worker):
     """Draws the prompts of a ticket into one Parquet file."""
 
-    def __init__(self, output: Output, recipe: Recipe, per_file: int, device: str) -> None:
+    def __init__(self, output: Output, recipe: Recipe, per_file: int, held: str, device: str) -> None:
         import pyarrow.parquet as pq
 
         self.output, self.recipe, self.per_file = output, recipe, per_file
         self.model = drawing.load(recipe.model, recipe.adapters, device)
+        Contents.load(held).compare(drawing.files(recipe.model, recipe.adapters))
         folder = output.folder
         self.prompts = pq.ParquetFile(folder.fs.open_input_file(f"{folder.root}/{PROMPTS}"))
         self.threads = ThreadPoolExecutor(_THREADS)

@@ -8,6 +8,7 @@ import shlex
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -15,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydiff import placement
+from raydiff import __version__, contents, placement
 from raydiff.config import ConfigError, Run, geometry, override
+from raydiff.contents import Contents
 from raydiff.distributed import checkpoint, cluster, learn, pipeline, score, tracking
 from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.ranks import Refused
@@ -59,15 +61,16 @@ def train(run: Run, *, resume: str | Path | None = None) -> Result:
     """
     preflight(run)
     folder = _resumed(run, resume) if resume is not None else _fresh(run)
+    held = _held(run, folder)
     with Progress(run.train.updates, pools=_pools(run)) as progress:
         progress.say(f"{folder.name}: {geometry(run)}, {run.train.updates} updates, ZeRO-{run.train.zero_stage}")
         progress.waiting("starting Ray and MLflow")
         with ThreadPoolExecutor(1) as thread:
             experiment = thread.submit(tracking.prepare, run)
             use_gpu = connect(run)
-        folder.write(RUN, run.model_dump_json(indent=1).encode())
+        _begin(run, folder, held)
         tracker = tracking.start(run, experiment.result(), folder.name, folder)
-        outcome = _carried_out(run, folder, tracker, use_gpu, progress)
+        outcome = _carried_out(run, folder, held, tracker, use_gpu, progress)
     if "refused" in outcome:
         raise Refused(*outcome["refused"]).error()
     if "stopped" in outcome:
@@ -90,24 +93,58 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def trial(run: Run, name: str, tags: Mapping[str, str], progress: Progress) -> None:
+def trial(run: Run, name: str, tags: Mapping[str, str], progress: Progress, started: Contents | None = None) -> None:
     """One trial of a sweep in the folder `name` of the storage: begun, or continued after its newest checkpoint.
 
-    `progress` gets the rows, those from before included. Its MLflow run, found again by name, carries `tags`. Raises what
-    `train` does.
+    `progress` gets the rows, those from before included. Its MLflow run, found again by name, carries `tags`. `started`: what
+    the run's files held when the sweep began, which all its trials share. Raises what `train` does.
     """
     folder = Folder(run.storage) / name
     if folder.size(RUN) is not None:
         checkpoint.check_same_run(folder.read_json(RUN), run)
-    folder.write(RUN, run.model_dump_json(indent=1).encode())
+    held = _held(run, folder)
+    if started:
+        started.compare(held.digests)
+    _begin(run, folder, held)
     tracker = tracking.start(run, tracking.prepare(run), name, folder, tags)
     use_gpu = placement.claims(run, cluster_nodes())[0].gpus > 0
-    outcome = _carried_out(run, folder, tracker, use_gpu, progress)
+    outcome = _carried_out(run, folder, held, tracker, use_gpu, progress)
     if "refused" in outcome:
         raise Refused(*outcome["refused"]).error()
 
 
-def _carried_out(run: Run, folder: Folder, tracker: Tracker, use_gpu: bool, progress: Progress) -> dict[str, Any]:
+def recorded(folder: Folder) -> Contents | None:
+    """What the files of a started run, or sweep, held; None when that was not written down."""
+    return None if folder.size(contents.FILE) is None else Contents.load(folder.read(contents.FILE))
+
+
+def same_contents(before: Contents | None, now: Contents, folder: Folder, may_change: Sequence[str] = ()) -> Contents:
+    """What a run, or sweep, that is gone on with holds from now on. Raises ConfigError for files that hold something else."""
+    if before is None:
+        warnings.warn(f"{folder} has no {contents.FILE}: what its files held when it was started is unknown", stacklevel=2)
+        return now
+    if before.raydiff != __version__:
+        warnings.warn(f"{folder} was started by raydiff {before.raydiff}, and this is {__version__}", stacklevel=2)
+    before.compare(now.digests, may_change)
+    return now.joined({name: d for name, d in before.digests.items() if not contents.within(name, may_change)})
+
+
+def _held(run: Run, folder: Folder) -> Contents:
+    """What the run's files hold. Raises ConfigError when a run that was started had others."""
+    before = recorded(folder)  # first: what it has read need not be read again
+    now = Contents.of(run)
+    return now if folder.size(RUN) is None else same_contents(before, now, folder, checkpoint.MAY_CHANGE)
+
+
+def _begin(run: Run, folder: Folder, held: Contents) -> None:
+    """Write down what is carried out: a run exists when RUN does."""
+    folder.write(contents.FILE, held.dump().encode())
+    folder.write(RUN, run.model_dump_json(indent=1).encode())
+
+
+def _carried_out(
+    run: Run, folder: Folder, held: Contents, tracker: Tracker, use_gpu: bool, progress: Progress
+) -> dict[str, Any]:
     """Start pools and workers, and follow them to the end: what `learn.work` returned."""
     if short := _not_free(run):
         progress.say(f"waiting for {short}: other work holds them")
@@ -117,10 +154,13 @@ def _carried_out(run: Run, folder: Folder, tracker: Tracker, use_gpu: bool, prog
     status, said = "FAILED", dict[str, str]()
     try:
         progress.waiting("loading rewards")
-        rewards = score.start(run, cluster_nodes()) if run.rewards.where == "pool" else []
+        rewards = score.start(run, cluster_nodes(), held) if run.rewards.where == "pool" else []
+        if found := {name: d for group in rewards for name, d in group.loaded.items() if name not in held.digests}:
+            held = held.joined(found)
+            folder.write(contents.FILE, held.dump().encode())
         progress.waiting("starting workers")
         with _interruptible():
-            outcome = _trained(run, folder, board, use_gpu, store, rewards, progress)
+            outcome = _trained(run, folder, held, board, use_gpu, store, rewards, progress)
         status = "FINISHED" if "finished" in outcome else "KILLED" if "stopped" in outcome else "FAILED"
         said = tags(outcome.get("finished", {}))
     except KeyboardInterrupt:
@@ -220,14 +260,21 @@ def _store(run: Run, folder: Folder) -> Any:
 
 
 def _trained(
-    run: Run, folder: Folder, board: Any, use_gpu: bool, store: Any, rewards: list[Group], progress: Progress
+    run: Run,
+    folder: Folder,
+    held: Contents,
+    board: Any,
+    use_gpu: bool,
+    store: Any,
+    rewards: list[Group],
+    progress: Progress,
 ) -> dict[str, Any]:
     """The workers' outcome; when not all of them find a place any more, of as many as the run allows."""
     from ray.train import ControllerError
 
     while True:
         try:
-            return _follow(run, _fit(run, folder, board, use_gpu, store, rewards), board, progress, store)
+            return _follow(run, _fit(run, folder, held, board, use_gpu, store, rewards), board, progress, store)
         except ControllerError:
             if (fewer := with_fewer_trainers(run, cluster_nodes())) is None:
                 raise
@@ -245,7 +292,9 @@ def with_fewer_trainers(run: Run, nodes: Sequence[placement.Node]) -> Run | None
     return None
 
 
-def _fit(run: Run, folder: Folder, board: Any, use_gpu: bool, store: Any, rewards: list[Group]) -> Future[dict[str, Any]]:
+def _fit(
+    run: Run, folder: Folder, held: Contents, board: Any, use_gpu: bool, store: Any, rewards: list[Group]
+) -> Future[dict[str, Any]]:
     """Start the workers in a thread: in the main one Ray would answer Ctrl-C by killing them."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -260,6 +309,7 @@ def _fit(run: Run, folder: Folder, board: Any, use_gpu: bool, store: Any, reward
             "run": run.model_dump_json(),
             "timeout": run.train.timeout,
             "folder": folder.uri,
+            "contents": held.dump(),
             "board": board,
             "store": store,
             "rewards": rewards,
@@ -279,7 +329,7 @@ def _fit(run: Run, folder: Folder, board: Any, use_gpu: bool, store: Any, reward
                 max_failures=run.train.max_failures, controller_failure_limit=-1 if run.pools.train.min_replicas is None else 0
             ),
         ),
-        datasets={"train": pipeline.factory(run, store, rewards)} if streamed else None,
+        datasets={"train": pipeline.factory(run, store, rewards, contents=held)} if streamed else None,
         dataset_config=pipeline.data_config(run, nodes) if streamed else None,
     )
     future: Future[dict[str, Any]] = Future()

@@ -15,8 +15,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from raydiff import pictures, watch
+from raydiff import contents, pictures, watch
 from raydiff.config import ConfigError, Run
+from raydiff.contents import Contents
 from raydiff.core.policy import Calls
 from raydiff.distributed import checkpoint, score
 from raydiff.distributed.checkpoint import Checkpoint
@@ -36,7 +37,7 @@ FINISHED = "finished.json"
 
 
 def work(config: dict[str, Any]) -> dict[str, Any]:
-    """What Ray Train calls on every worker. `config`: run (JSON), timeout, folder, board; store and rewards of pools.
+    """What Ray Train calls on every worker. `config`: run (JSON), timeout, folder, contents, board; store and rewards of pools.
 
     Returns {"finished": {...}}, {"stopped": update} after a stop that the driver asked for, or {"refused": (kind, message)}.
     An exception instead would mean a lost worker to Ray, which starts all of them again.
@@ -52,7 +53,8 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
             torch.set_num_threads(max(1, int(run.pools.train.num_cpus)))
         groups, store = config["rewards"], config["store"]
         rewards = score.client(run, groups, store, ranks.rank, ranks.size) if groups else None
-        return Worker(run, device, ranks, Folder(config["folder"], PATIENCE), config["board"], store, rewards).train()
+        held, folder = Contents.load(config["contents"]), Folder(config["folder"], PATIENCE)
+        return Worker(run, device, ranks, folder, held, config["board"], store, rewards).train()
     except Refused as refusal:
         return {"refused": (refusal.kind, refusal.message)}
 
@@ -66,6 +68,7 @@ class Worker:
         device: torch.device,
         ranks: Ranks,
         folder: Folder,
+        held: Contents,
         board: Any,
         store: Any = None,
         rewards: RewardClient | None = None,
@@ -102,11 +105,26 @@ class Worker:
                 self.session.prepare(self.encoding)
             except (ValueError, OSError) as error:  # the same on all: preparing agrees on it
                 raise ConfigError(str(error)) from error
+        self.compare(held)
         self.engine = ZeroEngine(self.session, weights=saved.get("parameters"))
         if found:
             self.resume(found, saved)
         self.stream = Stream(self.session, store, ranks) if run.generation.where == "pool" else None
         self.meter = Meter()
+
+    def compare(self, held: Contents) -> None:
+        """End the run when a worker has loaded something else than `held`, or than another worker. What was unknown before is
+        written down, as a hub id's commit."""
+        with self.ranks.agreed():
+            more = ["evaluate.clip"] if self.session.embed else []  # loaded now
+            if self.ranks.rank == 0 or self.run.method.judged:  # encoded pairs are the same files for all
+                more.append("pairs")
+            mine = held.check_session(self.session, *more)
+        first = self.ranks.gather(mine)[0]
+        with self.ranks.agreed():
+            Contents(first).compare(mine)
+            if self.ranks.rank == 0 and first.keys() - held.digests.keys():
+                self.folder.write(contents.FILE, held.joined(first).dump().encode())
 
     def resume(self, found: Checkpoint, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.session.restore(found.state)

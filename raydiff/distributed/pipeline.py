@@ -16,6 +16,7 @@ import numpy as np
 
 from raydiff import placement
 from raydiff.config import Run
+from raydiff.contents import Contents
 from raydiff.core.rollouts import Rollouts
 from raydiff.distributed import rows, weights
 from raydiff.distributed.generate import Gate, Generator
@@ -37,12 +38,21 @@ def blocks(run: Run) -> int:
     return run.batch.size // run.batch.micro
 
 
-def factory(run: Run, store: Any, groups: list[Group], generator: type = Generator, **options: Any) -> Callable[[], Any]:
+def factory(
+    run: Run,
+    store: Any,
+    groups: list[Group],
+    generator: type = Generator,
+    *,
+    contents: Contents | None = None,
+    **options: Any,
+) -> Callable[[], Any]:
     """What Ray Train calls at the start of each attempt: opens it in the store and returns its dataset.
 
-    An attempt has as many generators as the cluster then has room for, up to what the run asks for. `generator` and Ray's
-    `options` for it are there for simulations.
+    An attempt has as many generators as the cluster then has room for, up to what the run asks for; they compare what they have
+    loaded with `contents`. `generator` and Ray's `options` for it are there for simulations.
     """
+    held = () if contents is None else (contents.dump(),)
 
     def make() -> Any:
         import ray.data
@@ -75,7 +85,7 @@ def factory(run: Run, store: Any, groups: list[Group], generator: type = Generat
         )
         data = data.map_batches(
             generator,
-            fn_constructor_args=(run.model_dump_json(), store, attempt),
+            fn_constructor_args=(run.model_dump_json(), store, attempt, *held),
             batch_size=None,
             compute=ActorPoolStrategy(size=generators, max_tasks_in_flight_per_actor=2),
             num_cpus=claim.cpus,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,12 @@ from torch import Tensor
 
 from raydiff import placement
 from raydiff.config import Run
+from raydiff.contents import Contents, digests
 from raydiff.core.policy import checked
 from raydiff.core.reward_vjp import Parts, RewardError, score_and_grad, weighted_sum, with_remote_gradient
 from raydiff.distributed import rows
-from raydiff.distributed.generate import device
+from raydiff.distributed.generate import device, fault_of
+from raydiff.distributed.ranks import plain
 from raydiff.session import Scores, weights
 
 RESTARTS = 10  # of one actor; without an end, a crash at every start would loop for ever
@@ -33,6 +35,7 @@ class Group:
 
     names: tuple[str, ...]
     replicas: tuple[Any, ...]
+    loaded: dict[str, str] = field(default_factory=dict)  # digests of their files
 
 
 @dataclass
@@ -58,24 +61,36 @@ class _Answer:
 
 
 class RewardReplica:
-    """An actor with some of a run's rewards. Requests that wait together are answered as one batch."""
+    """An actor with some of a run's rewards. Requests that wait together are answered as one batch.
 
-    def __init__(self, run: str, names: Sequence[str]) -> None:
+    What it loads is compared with `contents`, and a fault there answers whoever asks.
+    """
+
+    def __init__(self, run: str, names: Sequence[str], contents: str | None = None) -> None:
         config = Run.model_validate_json(run)
         place = device(config.pools.reward.num_cpus)
         every = {**config.rewards.named, **config.evaluate.rewards}
         self.rewards = {name: every[name].build(place) for name in names}
         self.trained = {name: self.rewards[name] for name in names if name in config.rewards.named}
         self.weights, self.device, self.most = weights(config), place, config.evaluate.batch
+        tables = [f"rewards.{name}" if name in self.trained else f"evaluate.rewards.{name}" for name in names]
+        held = Contents({}) if contents is None else Contents.load(contents)
+        self.loaded = digests(config, tables)
+        self.fault = fault_of(lambda: held.compare(self.loaded))
         self.waiting: list[_Request] = []
         self.turn = asyncio.Lock()
         self.free_since = time.monotonic()
 
-    async def ready(self) -> None:
-        """Answers when the rewards are loaded."""
+    async def ready(self) -> dict[str, str]:
+        """Answers when the rewards are loaded, with the digests of their files."""
+        if self.fault is not None:
+            raise self.fault
+        return self.loaded
 
     async def score(self, images: np.ndarray, prompts: list[str], evaluation: bool, gradient: bool) -> _Answer | RewardError:
         """Rewards of images (B,3,H,W) in [0,1]; `evaluation` asks for the held-out ones too."""
+        if self.fault is not None:  # of a replica that was started again
+            raise self.fault
         mine = _Request(images, prompts, evaluation, gradient, asyncio.get_running_loop().create_future())
         self.waiting.append(mine)
         async with self.turn:
@@ -145,7 +160,7 @@ class _Asked:
             if not ray.wait([ping], timeout=_PING)[0] and others:
                 lost[self.replica] = ping
                 self.replica, self.ref = others[0], others[0].score.remote(*self.request)
-        return ray.get(self.ref)
+        return _answer(self.ref)
 
 
 @dataclass
@@ -239,8 +254,9 @@ class Scorer:
         return rows.with_rewards(block, {name: r.view(shape).numpy() for name, r in {"total": total, **parts}.items()})
 
 
-def start(run: Run, nodes: Sequence[placement.Node]) -> list[Group]:
-    """Start the reward pool, owned by the caller. Returns when all replicas have loaded. Raises what their loading raised."""
+def start(run: Run, nodes: Sequence[placement.Node], held: Contents | None = None) -> list[Group]:
+    """Start the reward pool, owned by the caller. Returns when all replicas have loaded. Raises what their loading raised, and
+    ConfigError when they have loaded something else than `held`, or than each other."""
     import ray
 
     claim = next(c for c in placement.claims(run, nodes) if c.pool == placement.REWARD)
@@ -255,14 +271,32 @@ def start(run: Run, nodes: Sequence[placement.Node]) -> list[Group]:
             max_restarts=RESTARTS,
             max_task_retries=-1,  # a node that is gone takes many tries to be called dead
         )(RewardReplica)
-        replicas = tuple(actor.remote(run.model_dump_json(), tuple(rewards)) for _ in range(run.pools.reward.replicas))
+        arguments = run.model_dump_json(), tuple(rewards), held.dump() if held else None
+        replicas = tuple(actor.remote(*arguments) for _ in range(run.pools.reward.replicas))
         groups.append(Group(tuple(rewards), replicas))
-    ray.get([replica.ready.remote() for group in groups for replica in group.replicas])
-    return groups
+    return [_loaded(group) for group in groups]
+
+
+def _loaded(group: Group) -> Group:
+    """The group when all its replicas have loaded."""
+    first, *others = _answer([replica.ready.remote() for replica in group.replicas])
+    for other in others:
+        Contents(first).compare(other)
+    return replace(group, loaded=first)
 
 
 def client(run: Run, groups: Sequence[Group], store: Any, rank: int = 0, workers: int = 1) -> RewardClient:
     return RewardClient(groups, weights(run), frozenset(run.evaluate.rewards), rank, workers, store)
+
+
+def _answer(ref: Any) -> Any:
+    """ray.get, but a fault that says all by itself is raised as what it is."""
+    import ray
+
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        raise plain(error) or error from None
 
 
 def _arrays(parts: Parts) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from raydiff.config import ConfigError, Pool, Run
+from raydiff.contents import Contents, of_locations, of_parts
 from raydiff.core.reward_vjp import RewardError, weighted_sum
 from raydiff.data import images, pictures
 from raydiff.data.files import locate, parquet_files
@@ -57,12 +58,14 @@ def score(
     for name, reward in named.items():
         if not reward.runtime_env:
             _checked(f"rewards.{name}", reward)
+    held = Contents.with_seen(_loaded({name: reward for name, reward in named.items() if not reward.runtime_env}))
     tickets, files = _tickets(dataset, columns, rows_per_file, split)
     made_from = {
         "dataset": Folder(dataset).uri,
         "files by name, size and time": files,
         "columns": {"image": columns.image, "prompt": columns.prompt},
         "rewards": {name: reward.model_dump(mode="json") for name, reward in named.items()},
+        batch.CONTENTS: held.digests,
         "total": factors,
         "batch": batch_size,
         "rows_per_file": rows_per_file,
@@ -75,7 +78,7 @@ def score(
             tickets=tickets,
             rows_per_file=rows_per_file,
             worker=Scorer,
-            arguments=(output, named, factors, columns, dataset, batch_size, rows_per_file),
+            arguments=(output, named, factors, columns, dataset, batch_size, rows_per_file, held.dump()),
             pool=pool or Pool(),
             max_bad_rows=max_bad_rows,
             runtime_env=next((r.runtime_env for r in named.values()), {}),
@@ -95,12 +98,14 @@ class Scorer(Worker):
         dataset: str,
         batch_size: int,
         rows_per_file: int,
+        held: str,
         device: str,
     ) -> None:
         self.output, self.columns, self.batch_size, self.rows_per_file = output, columns, batch_size, rows_per_file
         self.device = device
         self.names = [*rewards, *([] if factors is None else ["total"])]
         built = {name: reward.build(device) for name, reward in rewards.items()}
+        Contents.load(held).compare(_loaded(rewards))
         self.score = weighted_sum(built, factors or dict.fromkeys(built, 0.0))
         self.fs = locate(dataset)[1]
         self.threads = ThreadPoolExecutor(_THREADS)
@@ -109,11 +114,13 @@ class Scorer(Worker):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        start = int(ticket["start"])
-        with self.fs.open_input_file(str(ticket["file"])) as opened:
-            file = pq.ParquetFile(opened, buffer_size=_BUFFER)
+        start, file = int(ticket["start"]), str(ticket["file"])
+        if _stamp(self.fs.get_file_info(file)) != ticket["stamp"]:
+            raise ConfigError(f"{file} has changed since the call began; start a fresh one, to another folder")
+        with self.fs.open_input_file(file) as opened:
+            parquet = pq.ParquetFile(opened, buffer_size=_BUFFER)
             groups = range(int(ticket["first"]), int(ticket["last"]))
-            for rows in file.iter_batches(self.rows_per_file, row_groups=list(groups)):
+            for rows in parquet.iter_batches(self.rows_per_file, row_groups=list(groups)):
                 yield start, start + len(rows), pa.Table.from_batches([rows])
                 start += len(rows)
 
@@ -203,12 +210,22 @@ def _tickets(dataset: str, columns: Columns, size: int, split: str | None) -> tu
         row = 0
         for first, last in _runs(rows, size):
             count = sum(rows[first:last])
-            tickets.append({"start": start, "stop": start + count, "file": file.path, "first": first, "last": last, "row": row})
+            place = {"file": file.path, "stamp": _stamp(file), "first": first, "last": last, "row": row}
+            tickets.append({"start": start, "stop": start + count, **place})
             start, row = start + count, row + count
     if not tickets:
         raise ConfigError(f"DATASET = {dataset!r} has no rows")
     listing = json.dumps([[file.path, file.size, file.mtime_ns] for file in files])
     return tickets, hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _stamp(file: Any) -> str:
+    return f"{file.size} {file.mtime_ns}"
+
+
+def _loaded(rewards: Mapping[str, RewardConfig]) -> dict[str, str]:
+    """Digests of the rewards' files."""
+    return of_locations(of_parts({f"rewards.{name}": reward for name, reward in rewards.items()}))
 
 
 def _runs(rows: Sequence[int], size: int) -> Iterator[tuple[int, int]]:

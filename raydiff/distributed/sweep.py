@@ -16,9 +16,10 @@ from typing import Any
 
 import rich
 
-from raydiff import placement
-from raydiff.config import ConfigError, Run, dump
-from raydiff.distributed import cluster, launch, learn, sweep_report, tracking
+from raydiff import contents, placement
+from raydiff.config import ConfigError, Run, dump, override
+from raydiff.contents import Contents
+from raydiff.distributed import checkpoint, cluster, launch, learn, sweep_report, tracking
 from raydiff.distributed.progress import Progress
 from raydiff.distributed.storage import Folder
 from raydiff.distributed.sweep_report import Outcome, Point
@@ -30,6 +31,10 @@ from raydiff.search import Sweep
 SWEEP, TUNE = "sweep.json", "tune"
 _OBJECTIVE, _QUERIES = "objective", "reward_queries"
 _SETTLE = 30.0  # seconds that an evaluation waits for MLflow at most
+_BY_CONTENT = ("recipe", "set", "content")  # fields of a sweep that are compared as the one recipe that they make
+_COMPARED = ("train.updates", "train.stop_when", "generation", "evaluate")  # trials are, so it stays what it is
+MAY_CHANGE = ("name", *(path for path in checkpoint.MAY_CHANGE if not path.startswith(_COMPARED)))
+"""Fields of the recipe, or tables of them, that a resumed sweep may set anew: where and how its trials run."""
 _DRIVER = 0.001  # of the node's own resource: pins the driver, where a SQLite tracking file is
 
 
@@ -58,12 +63,14 @@ def sweep(config: Sweep, *, resume: str | None = None) -> Result:
     base, examples = config.base(), config.examples()
     _preflight(config, base, examples)
     folder = _resumed(config, base, resume) if resume else _fresh(config, base)
+    held = _held(examples, folder, resumed=resume is not None)
     cluster.start(dashboard=True)
     most = concurrent(config, examples)
     uri = tracking.uri(base)
     parent = _parent(config, base, folder, uri)
     rich.print(f"{folder.name}: {config.count} trials, {most} at a time")
     job = {"sweep": config.model_dump_json(), "storage": folder.uri, "uri": uri, "parent": parent.run_id}
+    job["contents"] = held.dump()
     try:
         grid = _tuner(config, examples, folder, job, most, resume is not None).fit()
         outcomes = sorted((_outcome(config, folder, result) for result in grid), key=lambda o: o.rank)
@@ -114,15 +121,32 @@ def _resumed(config: Sweep, base: Run, name: str) -> Folder:
         there = f"; there are {', '.join(names[-5:])}" if names else ""
         raise ConfigError(f"resume = {name!r}: no sweep was started in {folder}{there}")
     before, now = folder.read_json(SWEEP), json.loads(config.model_dump_json())
-    if differ := [field for field in now if before.get(field) != now[field] and field != "max_concurrent"]:
+    if not before.get("content"):
+        raise ConfigError(f"resume = {name!r}: {folder}/{SWEEP} does not hold the recipe; start a fresh sweep")
+    free = ("max_concurrent", *_BY_CONTENT)
+    differ = [f"{f}: {before.get(f)} then, {now[f]} now" for f in now if before.get(f) != now[f] and f not in free]
+    if differ := differ + checkpoint.differing(before["content"], base, MAY_CHANGE):
         raise ConfigError(
-            f"resume = {name!r}: the sweep was started with another {', '.join(differ)}; set these back, or start a fresh one"
+            f"resume = {name!r}: the sweep was started with other settings; set these back, or start a fresh one:\n  "
+            + "\n  ".join(differ)
         )
     return folder
 
 
+def _held(examples: Sequence[Run], folder: Folder, *, resumed: bool) -> Contents:
+    """What the files hold that trials name, by field and place, written down. Raises ConfigError when a sweep that is gone on
+    with had others."""
+    before = launch.recorded(folder)
+    found = {key: digest for run in examples for key, digest in Contents.of(run).by_place(run).items()}
+    now = Contents.with_seen(found)
+    if resumed:
+        now = launch.same_contents(before, now, folder)
+    folder.write(contents.FILE, now.dump().encode())
+    return now
+
+
 def _parent(config: Sweep, base: Run, folder: Folder, uri: str) -> tracking.Tracker:
-    fields = {name: value for name, value in config.model_dump(mode="json", exclude_unset=True).items() if name != "name"}
+    fields = config.model_dump(mode="json", exclude_unset=True, exclude={"name", "content"})
     return tracking.open_run(uri, tracking.prepare(base), folder.name, fields)
 
 
@@ -198,7 +222,8 @@ def _drive(config: dict[str, Any], job: dict[str, str]) -> None:
     name = tune.get_context().get_trial_id()
     run = sweep.run(_values(config) | {"name": name, "storage": job["storage"], "tracking.uri": job["uri"]})
     tags = {"mlflow.parentRunId": job["parent"], "ray.trial_id": name}
-    launch.trial(run, name, tags, _Reporting(sweep, run.train.updates))
+    started = Contents.load(job["contents"]).at_place(run)
+    launch.trial(run, name, tags, _Reporting(sweep, run.train.updates), started)
 
 
 def _values(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,6 +284,12 @@ def _outcome(config: Sweep, folder: Folder, result: Any) -> Outcome:
     )
 
 
+def recipe_of(trial: Folder, base: Run) -> Run:
+    """The recipe that a trial ran, by its run.json; name, storage and tracking, which the sweep had set, are as in `base`."""
+    ran = Run.model_validate(trial.read_json(launch.RUN))
+    return override(ran, {"name": base.name, "storage": base.storage, "tracking": base.tracking.model_dump(mode="json")})
+
+
 def _finished(config: Sweep, base: Run, folder: Folder, parent: tracking.Tracker, outcomes: list[Outcome]) -> Result:
     """Write and log what the sweep found."""
     folder.write_json("outcomes.json", [asdict(o) for o in outcomes])
@@ -266,7 +297,7 @@ def _finished(config: Sweep, base: Run, folder: Folder, parent: tracking.Tracker
     files = sweep_report.write(config, outcomes)
     best = outcomes[0] if outcomes and outcomes[0].best else None
     if best:
-        files["best.toml"] = dump(config.run(best.values)).encode()
+        files["best.toml"] = dump(recipe_of(folder / best.trial, base)).encode()
     for name, data in files.items():
         folder.write(name, data)
         parent.file(folder, name)

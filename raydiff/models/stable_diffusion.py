@@ -55,6 +55,13 @@ class Plugin(ModelConfig):
         except (OSError, ValueError):  # a hub id that is not in the cache
             return []
 
+    def files(self) -> dict[str, Path | str]:
+        folder = Path(self.folder())
+        parts: dict[str, Path | str] = {"path": f"{self.path}@{self.revision}" if self.revision else self.path}
+        if folder.is_dir():
+            parts = {f"path/{part}": folder / part for part in (*formats.STEMS, "tokenizer", "scheduler", "model_index.json")}
+        return super().files() | parts | {f"adapters.{i}": Path(adapter) for i, adapter in enumerate(self.adapters)}
+
     def preflight(self) -> None:
         """Raise, naming the file, the field or the tensor, unless what is there can be read: configs and the weights' headers.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from raydiff.config import Batch, Evaluate, Generation, Pools, Prompts, Rewards, Run
 from raydiff.core.denoise import Predict
+from raydiff.core.learner import LossScale
 from raydiff.core.policy import Calls
 from raydiff.core.schedule import Schedule
 from raydiff.models.base import ModelConfig
@@ -118,7 +119,7 @@ class _Mean(RewardConfig):
 class Backward:
     """An engine that accumulates gradients and moves nothing."""
 
-    loss_scale = None
+    loss_scale: LossScale | None = None
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -35,6 +35,12 @@ def source(model: str, **embedded: str) -> str:
     return model
 
 
+def located(model: str, **embedded: str) -> Path | str:
+    """A `model` field as `PluginConfig.files` gives it: a folder, or a hub id. Raises as `source` does."""
+    name = source(model, **embedded)
+    return Path(name) if Path(name).is_dir() else name
+
+
 def check_folder(name: str, *needed: tuple[str, ...]) -> None:
     """Raise when a local folder lacks a file (of each tuple one is enough) or holds one that cannot be read.
 

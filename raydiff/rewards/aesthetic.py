@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from raydiff import assets
 from raydiff.core.reward_vjp import Reward
-from raydiff.rewards._pretrained import Dtype, check_safetensors
+from raydiff.rewards._pretrained import Dtype, check_safetensors, located
 from raydiff.rewards.base import RewardConfig
 from raydiff.rewards.clip import ImageEmbedding, check_clip, load_clip
 
@@ -25,6 +25,9 @@ class Plugin(RewardConfig):
     """"embedded", or the head's file, .safetensors or .pth, e.g. sac+logos+ava1-l14-linearMSE.pth."""
     dtype: Dtype = "float32"
     """Precision of the CLIP weights; the head is fp32."""
+
+    def files(self) -> dict[str, Path | str]:
+        return super().files() | {"model": located(self.model, embedded="clip"), "head": head_file(self.head)}
 
     def preflight(self) -> None:
         check_clip(self.model, text=False)

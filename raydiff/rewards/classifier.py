@@ -24,6 +24,7 @@ from raydiff.rewards._pretrained import (
     check_folder,
     check_weights,
     load_frozen,
+    located,
     read_json,
     source,
 )
@@ -57,6 +58,13 @@ class Plugin(RewardConfig):
                 f"label = {self.label!r}: model = {EFFICIENTNET!r} ships no class names; set label to a class number of"
                 ' ImageNet, "0" to "999"'
             )
+
+    def files(self) -> dict[str, Path | str]:
+        if self.model != EFFICIENTNET:
+            return super().files() | {"model": located(self.model, **EMBEDDED)}
+        from raydiff.rewards._efficientnet_lite import weights_file
+
+        return super().files() | {"model": weights_file()}
 
     def preflight(self) -> None:
         if self.model == EFFICIENTNET:

@@ -24,6 +24,7 @@ from raydiff.rewards._pretrained import (
     check_folder,
     check_weights,
     load_frozen,
+    located,
     read_json,
     source,
 )
@@ -41,6 +42,10 @@ class Plugin(RewardConfig):
     """Multiply by the learned temperature, about 100: PickScore's scale, near 20 for a good picture."""
     dtype: Dtype = "float32"
     """Precision of the weights; half precision is for GPUs. The score is fp32 all the same."""
+
+    def files(self) -> dict[str, Path | str]:
+        processor = {"processor": located(self.processor, embedded="clip")} if self.processor else {}
+        return super().files() | {"model": located(self.model, embedded="clip")} | processor
 
     def preflight(self) -> None:
         check_clip(self.model, self.processor)

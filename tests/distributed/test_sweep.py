@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,8 +14,9 @@ from raydiff import config
 from raydiff.config import ConfigError, Run, load
 from raydiff.distributed import checkpoint, tracking
 from raydiff.distributed.storage import Folder
-from raydiff.distributed.sweep import Result, sweep
+from raydiff.distributed.sweep import Result, _fresh, _resumed, recipe_of, sweep
 from raydiff.search import Sweep
+from tests.distributed.conftest import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(500)]
 UPDATES = 4
@@ -44,6 +46,67 @@ def make_sweep(ray_run: Callable[..., Run], tmp_path: Path) -> MakeSweep:
         return config.validated({"name": "tiny", "recipe": str(recipe), "space": space, **fields}, Sweep)
 
     return make
+
+
+def edited(sweep: Sweep, changes: dict[str, Any]) -> Sweep:
+    """The sweep after its recipe's file was edited: as a second `raydiff sweep` reads it."""
+    recipe = Path(sweep.recipe)
+    recipe.write_text(config.override(load(recipe), changes).model_dump_json())
+    again = {k: v for k, v in sweep.model_dump(mode="json", exclude_unset=True).items() if k != "content"}
+    return config.validated(again, Sweep)
+
+
+def test_a_resumed_sweep_has_the_recipe_that_it_was_started_with(make_sweep: MakeSweep, tmp_path: Path) -> None:
+    space = {"optimizer.lr": {"choice": [0.001, 0.003]}}
+    tiny = make_sweep(space, search="grid")
+    folder = _fresh(tiny, tiny.base())
+    assert _resumed(tiny, tiny.base(), folder.name).uri == folder.uri
+    moved = edited(tiny, {"pools.train.num_cpus": 0.5, "tracking.experiment": "more", "train.max_failures": 2})
+    assert _resumed(moved, moved.base(), folder.name).uri == folder.uri
+    other = edited(tiny, {"optimizer.weight_decay": 0.5, "train.updates": 9, "evaluate.every": 3})
+    with pytest.raises(ConfigError, match=f"resume = '{folder.name}': .* set these back, or start a fresh one") as error:
+        _resumed(other, other.base(), folder.name)
+    assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+        "evaluate.every: 1 then, 3 now",
+        "optimizer.weight_decay: 0.0 then, 0.5 now",
+        "train.updates: 4 then, 9 now",
+    ]
+    wider = make_sweep({"optimizer.lr": {"choice": [0.001]}}, search="grid", seed=3)
+    with pytest.raises(ConfigError, match=r"space: (.|\n)*seed: 0 then, 3 now"):
+        _resumed(wider, wider.base(), folder.name)
+    kept = folder.read_json("sweep.json")
+    folder.write_json("sweep.json", {k: v for k, v in kept.items() if k != "content"})
+    with pytest.raises(ConfigError, match=r"sweep\.json does not hold the recipe; start a fresh sweep"):
+        _resumed(tiny, tiny.base(), folder.name)
+
+
+def test_the_best_recipe_is_what_the_trial_ran(make_sweep: MakeSweep, tmp_path: Path) -> None:
+    tiny = make_sweep({"optimizer.lr": {"choice": [0.001]}}, search="grid")
+    ran = tiny.run({"optimizer.lr": 0.25, "name": "t1", "storage": str(tmp_path / "s"), "tracking.uri": "http://server"})
+    (Folder(tmp_path / "s") / "t1").write("run.json", ran.model_dump_json().encode())
+    assert recipe_of(Folder(tmp_path / "s") / "t1", tiny.base()) == tiny.run({"optimizer.lr": 0.25})
+
+
+def test_a_recipe_that_is_edited_meanwhile_changes_no_trial(cluster: None, make_sweep: MakeSweep) -> None:
+    """One trial at a time: the second one starts when the recipe's file says something else."""
+    tiny = make_sweep({"method.n": {"choice": [1, 2]}}, {"train.updates": 1}, search="grid", max_concurrent=1)
+    lr, storage = tiny.base().optimizer.lr, Path(tiny.base().storage)
+
+    def edit() -> None:
+        wait_for(lambda: next(iter(storage.glob("tiny-*/*/run.json")), None))
+        edited(tiny, {"optimizer.lr": 50 * lr})
+
+    thread = threading.Thread(target=edit, daemon=True)
+    thread.start()
+    result = sweep(tiny)
+    thread.join()
+    assert load(tiny.recipe).optimizer.lr == 50 * lr
+    ran = {o.trial: load(Path(result.folder) / o.trial / "run.json") for o in result.outcomes}
+    assert [run.optimizer.lr for run in ran.values()] == [lr, lr]
+    assert {run.method.n for run in ran.values()} == {1, 2}
+    assert result.best is not None
+    best = load(result.best)
+    assert (best.optimizer.lr, best.method) == (lr, ran[result.outcomes[0].trial].method)
 
 
 def logged(result: Result) -> tuple[Any, list[Any]]:
