@@ -61,7 +61,7 @@ def fit(
         if watch.due(run, done):
             metrics |= evaluated(done)
         rows.append({"step": done, **metrics})
-        watch.require_learning(rows)
+        watch.require_learning(run, rows)
         if folder is not None and (best := watch.improved(run, rows)):
             export(session, best_folder(folder))
             best.write(best_folder(folder))

@@ -32,24 +32,26 @@ class LossScale:
     """Dynamic loss scaling: float16 has no numbers below 6e-8, and the gradients of one picture's pixels are smaller
     (Micikevicius et al. 2018, arXiv 1710.03740, §3.2).
 
-    The loss is multiplied by `scale`, and the gradient divided by it. A step whose scaled gradient overflows is skipped at half
-    the scale from then on; after `GROWTH` good steps it is doubled.
+    The loss is multiplied by `scale`, and the gradient divided by it. The first scale is searched from the largest down, on the
+    samples of the first update, which is repeated. After that a step whose scaled gradient overflows is skipped at half the
+    scale from then on; after `GROWTH` good steps it is doubled.
     """
 
-    START, LEAST, MOST, GROWTH = 2.0**16, 2.0**-10, 2.0**40, 100
+    MOST, LEAST, GROWTH, SEARCH = 2.0**32, 2.0**-10, 100, 16
 
     def __init__(self) -> None:
-        self.scale, self.good, self.skipped = self.START, 0, 0
+        self.scale, self.found, self.good, self.skipped = self.MOST, False, 0, 0
 
     def overflowed(self) -> None:
         """After a step whose gradient was not finite. Raises FloatingPointError when that cannot be the scale's fault."""
         if self.scale <= self.LEAST:
             raise FloatingPointError(_not_finite("not finite at any loss scale"))
-        self.scale, self.good, self.skipped = self.scale / 2, 0, self.skipped + 1
+        self.scale, self.good = self.scale / (2 if self.found else self.SEARCH), 0
+        self.skipped += int(self.found)
 
     def fitted(self) -> None:
         """After a step whose gradient was finite."""
-        self.good += 1
+        self.found, self.good = True, self.good + 1
         if self.good >= self.GROWTH:
             self.scale, self.good = min(2 * self.scale, self.MOST), 0
 
@@ -112,7 +114,7 @@ class TorchEngine:
         taken = after_gradient(norm, self.loss_scale)
         if taken:
             self.optimizer.step()
-        advance(self.scheduler)
+        advance(self.scheduler, self.loss_scale)
         self.optimizer.zero_grad(set_to_none=True)
         return norm if taken else math.inf
 
@@ -127,8 +129,11 @@ def after_gradient(norm: float, loss_scale: LossScale | None) -> bool:
     return finite
 
 
-def advance(scheduler: LambdaLR) -> None:
-    """The learning rate's next step: skipped steps count, so that updates and schedule stay together."""
+def advance(scheduler: LambdaLR, loss_scale: LossScale | None) -> None:
+    """The learning rate's next step. Skipped steps count, so that updates and schedule stay together; those of the search for
+    the first scale are repeated, and do not."""
+    if loss_scale is not None and not loss_scale.found:
+        return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # where the first step was skipped
         scheduler.step()
@@ -154,7 +159,25 @@ def update(
     Raises FloatingPointError when a loss or a gradient is not finite, before it reaches the weights, and, unless that is
     accepted, when the gradient of the whole update is exactly 0, though its samples differ.
     """
-    batches = batches if epochs == 1 else list(batches)
+    scale = engine.loss_scale
+    batches = batches if epochs == 1 and scale is None else list(batches)
+    history, norms, decided = _passes(engine, method, policy, batches, epochs)
+    while scale is not None and not scale.found and norms:
+        history, norms, decided = _passes(engine, method, policy, batches, epochs)
+    vanished = decided and norms and max(norms) == 0
+    if vanished and not (scale and scale.vanished()) and zero_gradient == "refuse":
+        raise FloatingPointError(
+            "the gradient of the whole update is exactly 0, so that nothing is learned from it: the rewards do not depend on"
+            " the pictures, all their weights are 0, or the gradient is too small for model.dtype; mend that, or set"
+            ' train.zero_gradient to "accept"'
+        )
+    return averages(history) | of_steps(norms, scale)
+
+
+def _passes(
+    engine: Engine, method: Loss, policy: Policy, batches: Iterable[Rollouts], epochs: int
+) -> tuple[list[Metrics], list[float], bool]:
+    """The metrics of each micro-batch, the gradient's norm at each optimiser step, and whether any samples differ."""
     history: list[Metrics] = []
     norms: list[float] = []
     decided = False
@@ -167,14 +190,7 @@ def update(
             norms += [] if norm is None else [norm]
             decided |= batch.terms != 0
             history.append({"loss": loss.detach(), **metrics})
-    vanished = decided and norms and max(norms) == 0
-    if vanished and not (engine.loss_scale and engine.loss_scale.vanished()) and zero_gradient == "refuse":
-        raise FloatingPointError(
-            "the gradient of the whole update is exactly 0, so that nothing is learned from it: the rewards do not depend on"
-            " the pictures, all their weights are 0, or the gradient is too small for model.dtype; mend that, or set"
-            ' train.zero_gradient to "accept"'
-        )
-    return averages(history) | of_steps(norms, engine.loss_scale)
+    return history, norms, decided
 
 
 def averages(history: Sequence[Metrics]) -> dict[str, float]:

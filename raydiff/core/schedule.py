@@ -172,7 +172,13 @@ def _variance_preserving(config: Mapping[str, Any], steps: int, spacing: Spacing
 def _times(train_steps: int, steps: int, spacing: str, offset: int) -> Tensor:
     """Training steps that the grid visits, (S,) descending (Lin et al. 2023, table 2)."""
     if spacing == "leading":
-        return (torch.arange(steps) * (train_steps // steps)).flip(0) + offset
+        times = (torch.arange(steps) * (train_steps // steps)).flip(0) + offset
+        if int(times[0]) >= train_steps:
+            raise ValueError(
+                f"steps = {steps}: the leading grid with steps_offset = {offset} begins at {int(times[0])}, beyond the last of"
+                f' {train_steps} training steps; take fewer steps, or sampler.spacing = "trailing"'
+            )
+        return times
     if spacing == "trailing":
         return (train_steps - torch.arange(steps, dtype=torch.float64) * train_steps / steps).round().long() - 1
     if spacing == "linspace":

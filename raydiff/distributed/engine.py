@@ -63,7 +63,7 @@ class ZeroEngine:
                     p.copy_(weights[name])
         self.adam, self.scheduler = session.optimizer()
         config = deepspeed_config(session.run, session.workers, persistence_threshold=persistence_threshold)
-        self.deepspeed = _initialize(session.model.denoiser, self.adam, self.scheduler, config)
+        self.deepspeed = _initialize(session.model.denoiser, self.adam, config)
         self.loss_scale = session.loss_scale
         session.wrap(self.deepspeed)
 
@@ -86,13 +86,12 @@ class ZeroEngine:
                 for p in self.trained.values():
                     p.grad = None  # Adam leaves these alone
             self.deepspeed.step()
-            return norm if taken else math.inf
-        self.deepspeed.step()
-        norm = float(self.deepspeed.get_global_grad_norm())
-        if not after_gradient(norm, self.loss_scale):
-            advance(self.scheduler)  # which DeepSpeed does for steps that it takes
-            return math.inf
-        return norm
+        else:
+            self.deepspeed.step()
+            norm = float(self.deepspeed.get_global_grad_norm())
+            taken = after_gradient(norm, self.loss_scale)
+        advance(self.scheduler, self.loss_scale)
+        return norm if taken else math.inf
 
     def _clipped(self) -> float:
         """The norm of the gradients, which are divided by the loss scale and then clipped."""
@@ -182,7 +181,8 @@ class ZeroEngine:
             self.deepspeed.step()
 
 
-def _initialize(denoiser: torch.nn.Module, adam: Any, scheduler: Any, config: dict[str, Any]) -> Any:
+def _initialize(denoiser: torch.nn.Module, adam: Any, config: dict[str, Any]) -> Any:
+    """Without the learning rate's schedule, which DeepSpeed would not advance where it skips a step."""
     import deepspeed
     import deepspeed.ops
 
@@ -190,4 +190,4 @@ def _initialize(denoiser: torch.nn.Module, adam: Any, scheduler: Any, config: di
     if not torch.cuda.is_available():
         # DeepSpeed would compile this one, which serves inference only, and without a compiler fail.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed.initialize(model=denoiser, optimizer=adam, lr_scheduler=scheduler, config=config)[0]
+    return deepspeed.initialize(model=denoiser, optimizer=adam, config=config)[0]

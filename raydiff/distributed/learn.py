@@ -166,7 +166,7 @@ class Worker:
                 row |= summary(self.evaluate(done))
             self.report(row)
             with self.ranks.agreed():
-                watch.require_learning(self.history)
+                watch.require_learning(self.run, self.history)
             self.keep_best()
             reason = self.stopped()
             if stop or reason or done % train.checkpoint_every == 0 or done == train.updates:

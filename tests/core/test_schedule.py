@@ -49,6 +49,32 @@ def test_linspace_walks_its_own_grid() -> None:
         assert relative(schedule.transition(i, x, out)[0], expected) < 1e-6
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_no_grid_leaves_the_training_steps(spacing: str, offset: int) -> None:
+    """All 1000 step counts. diffusers walks to t = -1 at 61, 103, 121 and 59 more of them, and burns the picture."""
+    config = {**SD, "timestep_spacing": spacing, "steps_offset": offset, "set_alpha_to_one": False}
+    for steps in range(1, 1001):
+        if spacing == "leading" and steps == 1000 and offset == 1:
+            with pytest.raises(ValueError, match=r"steps = 1000: the leading grid with steps_offset = 1 begins at 1000"):
+                Schedule.from_config(config, steps)
+            continue
+        schedule = Schedule.from_config(config, steps)
+        assert schedule.times.min() >= 0 and schedule.times.max() <= 999 and len(schedule.alpha) == steps + 1
+        assert (schedule.times.diff() < 0).all() and (schedule.alpha.diff() >= 0).all()
+        assert schedule.posterior_std.isfinite().all() and (schedule.posterior_std <= schedule.sigma[1:] + 1e-12).all()
+
+
+def test_a_step_is_the_same_bits_by_an_int_and_by_a_tensor() -> None:
+    """Sampling walks by ints, and losses ask for a step of its own for each image: ratios of fresh samples are 1."""
+    schedule = Schedule.from_config({**SD, "timestep_spacing": "trailing"}, 10)
+    x, out = torch.randn(2, 10, 4, 8, 8)
+    mean, std = schedule.transition(torch.arange(10), x, out, 1.0)
+    for i in range(10):
+        one, its = schedule.transition(i, x[i : i + 1], out[i : i + 1], 1.0)
+        assert torch.equal(mean[i : i + 1], one) and float(std[i]) == pytest.approx(its, rel=1e-7)
+
+
 def test_eta_one_is_the_ddpm_posterior() -> None:
     scheduler = DDPMScheduler(**SD, timestep_spacing="trailing", variance_type="fixed_small")
     scheduler.set_timesteps(20)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raydiff.config import Run
-from raydiff.core.learner import Engine
+from raydiff.core.learner import Engine, LossScale
 from raydiff.distributed.engine import ZeroEngine
 from raydiff.distributed.ranks import Ranks
 from raydiff.session import Session
@@ -27,11 +27,11 @@ from tests.distributed.parity import start_weights
 TOO_LARGE, USUAL = 2.0**60, 2.0**16
 
 
-def two_updates(session: Session, engine: Engine) -> dict[str, Any]:
-    """The first at a scale that overflows, the second at the usual one: what they reported."""
+def three_updates(session: Session, engine: Engine) -> dict[str, Any]:
+    """The first searches its scale, the second has one that overflows, the third a usual one: what they reported."""
     assert session.loss_scale is not None
     told = {}
-    for step, scale in enumerate((TOO_LARGE, USUAL)):
+    for step, scale in enumerate((LossScale.MOST, TOO_LARGE, USUAL)):
         session.loss_scale.scale = scale
         told[f"metrics_{step}"] = session.update(engine, step)
     return told
@@ -44,7 +44,7 @@ def zero_engine(session: Session) -> ZeroEngine:
 def after_overflow(run: Run, rank: int, world: int, gather: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     session = Session(run, "cpu", rank, world, gather=gather)
     engine = zero_engine(session)
-    told = two_updates(session, engine)
+    told = three_updates(session, engine)
     steps = {int(state["step"]) for state in engine.adam.state.values() if "step" in state}
     return engine.full("parameters"), {**told, "lr": engine.lr, "adam_steps": sorted(steps)}
 

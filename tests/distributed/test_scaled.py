@@ -14,10 +14,10 @@ from raydiff.config import Run
 from raydiff.core.learner import TorchEngine
 from raydiff.session import Session
 from tests.distributed.parity import start_weights
-from tests.distributed.scaled import two_updates
+from tests.distributed.scaled import three_updates
 
 pytestmark = pytest.mark.ray
-SMALL = {"batch.size": 2, "batch.micro": 1, "sampler.steps": 1, "optimizer.schedule": "linear"}
+SMALL = {"batch.size": 2, "batch.micro": 1, "sampler.steps": 1, "optimizer.schedule": "linear", "train.updates": 4}
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +46,14 @@ def stages(tiny_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def alone(tiny_run: Callable[..., Run]) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
-    """The same two updates in one process: the weights, and what was reported."""
+    """The same updates in one process: the weights, and what was reported."""
     session = Session(tiny_run(changes={**SMALL, "model.dtype": "float16"}))
     with torch.no_grad():
         for name, weight in start_weights(session).items():
             session.model.trained()[name].copy_(weight)
     adam, scheduler = session.optimizer()
     limit = session.run.optimizer.max_grad_norm
-    told = two_updates(session, TorchEngine(adam, scheduler, session.geometry.step_accumulation, limit, session.loss_scale))
+    told = three_updates(session, TorchEngine(adam, scheduler, session.geometry.step_accumulation, limit, session.loss_scale))
     return {name: p.detach().clone() for name, p in session.model.trained().items()}, told
 
 
@@ -63,10 +63,12 @@ def test_a_scaled_step_is_that_of_one_process(
 ) -> None:
     expected, told_alone = alone
     told = json.loads((stages / f"{stage}.json").read_text())
-    assert "grad_norm" not in told["metrics_0"] and told["metrics_0"]["skipped_steps"] == 1
-    assert told["metrics_1"]["skipped_steps"] == 1 and told["metrics_1"]["loss_scale"] == 2.0**16
-    assert told["metrics_1"]["grad_norm"] == pytest.approx(told_alone["metrics_1"]["grad_norm"], rel=1e-4)
-    assert told["lr"] == pytest.approx(1e-2 / 3) and told["adam_steps"] == [1]  # the skipped step counts for the schedule alone
+    assert told["metrics_0"]["skipped_steps"] == 0 and told["metrics_0"]["loss_scale"] < 2.0**32
+    assert "grad_norm" not in told["metrics_1"] and told["metrics_1"]["skipped_steps"] == 1
+    assert told["metrics_2"]["skipped_steps"] == 1 and told["metrics_2"]["loss_scale"] == 2.0**16
+    for step in ("metrics_0", "metrics_2"):
+        assert told[step]["grad_norm"] == pytest.approx(told_alone[step]["grad_norm"], rel=1e-4)
+    assert told["lr"] == pytest.approx(1e-2 / 4) and told["adam_steps"] == [2]  # the skipped step counts for the schedule alone
     weights = safetensors.torch.load_file(stages / f"{stage}.safetensors")
     assert weights.keys() == expected.keys()
     apart = sum(float((weights[name] - expected[name]).square().sum()) for name in expected) ** 0.5
