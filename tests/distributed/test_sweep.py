@@ -12,9 +12,11 @@ import pytest
 
 from raydiff import config
 from raydiff.config import ConfigError, Run, load
-from raydiff.distributed import checkpoint, tracking
+from raydiff.contents import Contents
+from raydiff.distributed import checkpoint, launch, tracking
+from raydiff.distributed.progress import Progress
 from raydiff.distributed.storage import Folder
-from raydiff.distributed.sweep import Result, _fresh, _resumed, recipe_of, sweep
+from raydiff.distributed.sweep import Result, _fresh, _held, _resumed, recipe_of, sweep
 from raydiff.search import Sweep
 from tests.distributed.conftest import wait_for
 
@@ -78,6 +80,24 @@ def test_a_resumed_sweep_has_the_recipe_that_it_was_started_with(make_sweep: Mak
     folder.write_json("sweep.json", {k: v for k, v in kept.items() if k != "content"})
     with pytest.raises(ConfigError, match=r"sweep\.json does not hold the recipe; start a fresh sweep"):
         _resumed(tiny, tiny.base(), folder.name)
+
+
+def test_trials_share_what_their_files_held(make_sweep: MakeSweep, tmp_path: Path) -> None:
+    prompts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for file in prompts:
+        file.write_text(f"a cat of {file.stem}\na dog\n")
+    tiny = make_sweep({"prompts.train": {"choice": [str(file) for file in prompts]}}, search="grid")
+    folder, examples = _fresh(tiny, tiny.base()), tiny.examples()
+    held = _held(examples, folder, resumed=False)
+    assert _held(examples, folder, resumed=True) == held
+    prompts[1].write_text("an owl\n")
+    with pytest.raises(ConfigError, match=r"start afresh:\n  prompts\.train = .*/b\.txt: \w{12} then, \w{12} now$"):
+        _held(examples, folder, resumed=True)
+    first, second = examples
+    held.at_place(first).compare(Contents.of(first).digests)
+    with pytest.raises(ConfigError, match=r"prompts\.train: "):  # before the trial asks for anything
+        launch.trial(second, "t2", {}, Progress(1), held.at_place(second))
+    assert (Folder(second.storage) / "t2").size("run.json") is None
 
 
 def test_the_best_recipe_is_what_the_trial_ran(make_sweep: MakeSweep, tmp_path: Path) -> None:
