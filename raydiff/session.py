@@ -6,7 +6,7 @@ Legend: B prompts, G attempts, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -216,11 +216,12 @@ class Session:
         Streams micro-batches when possible. Collects them first if an update has several optimiser steps, or the loss of the
         first needs the rewards of the last.
         """
-        if self.geometry.optimizer_steps > 1 or self.advantages is not None or self.method.selects:
-            batches = list(batches)
-            batches = self.weighed(batches) if self.advantages is not None else batches
-            return self.counted(batches) if self.advantages is not None or self.method.selects else batches
-        return batches
+        if self.geometry.optimizer_steps == 1 and self.advantages is None and not self.method.selects:
+            return batches
+        batches = list(batches)
+        if self.advantages is not None:
+            return self.weighed(batches)
+        return self.counted(batches) if self.method.selects else batches
 
     def counted(self, batches: list[Rollouts]) -> list[Rollouts]:
         """The micro-batches with the mean count of terms of one, over its optimiser step and all workers.
@@ -228,21 +229,15 @@ class Session:
         What is averaged over a part of the samples, as the pairs that are no ties, then has one denominator, however the batch
         is split.
         """
-        counts = self.gather([self._terms(b) for b in batches])  # by worker, each its micro-batches
-        size = self.geometry.step_accumulation
+        shares = self.gather([self.method.terms(b) for b in batches])  # by worker, each its micro-batches
+        means = self._means([count for together in zip(*shares, strict=True) for count in together])
+        return [replace(b, terms=mean) for b, mean in zip(batches, means, strict=True)]
 
-        def mean(step: int) -> float:
-            return sum(sum(share[step * size : (step + 1) * size]) for share in counts) / (size * self.workers)
-
-        means = [mean(step) for step in range(len(batches) // size)]
-        return [replace(b, terms=means[i // size]) for i, b in enumerate(batches)]
-
-    def _terms(self, batch: Rollouts) -> int:
-        """Terms that can have a gradient: selected ones, or attempts that have an advantage."""
-        if self.method.selects:
-            return self.method.terms(batch)
-        assert batch.advantages is not None
-        return int(batch.advantages.count_nonzero())
+    def _means(self, counts: Sequence[int]) -> list[float]:
+        """For each of this worker's micro-batches the mean count of its optimiser step; `counts` are the whole update's."""
+        own, size = self.geometry.step_accumulation, self.geometry.step_accumulation * self.workers
+        steps = [counts[start : start + size] for start in range(0, len(counts), size)]
+        return [sum(step) / size for step in steps for _ in range(own)]
 
     def weighed(self, batches: list[Rollouts]) -> list[Rollouts]:
         """The micro-batches with advantages from the rewards of all workers', in the update's order: the same at any number."""
@@ -250,8 +245,13 @@ class Session:
         shares = self.gather([(b.flat_prompts(), b.total().flatten().double().cpu()) for b in batches])
         update = [micro for together in zip(*shares, strict=True) for micro in together]
         weights = self.advantages([p for prompts, _ in update for p in prompts], torch.cat([r for _, r in update]))
-        mine = weights.split([len(r) for _, r in update])[self.rank :: self.workers]
-        return [replace(b, advantages=w.to(b.latents).view(b.seeds.shape)) for b, w in zip(batches, mine, strict=True)]
+        parts = weights.split([len(r) for _, r in update])
+        means = self._means([int(w.count_nonzero()) for w in parts])
+        mine = parts[self.rank :: self.workers]
+        return [
+            replace(b, advantages=w.to(b.latents).view(b.seeds.shape), terms=mean)
+            for b, w, mean in zip(batches, mine, means, strict=True)
+        ]
 
     def update(self, engine: Engine, step: int, batches: Iterable[Rollouts] | None = None) -> dict[str, float]:
         """One update on this worker's `batches`, or on its own samples: the mean of the method's metrics.

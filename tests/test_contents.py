@@ -261,13 +261,13 @@ def test_pictures_say_what_was_loaded(files: Path, tmp_path: Path, monkeypatch: 
         generate.samples(pipe, ["a cat"], [1], sampler), tmp_path / "to", model="x", sampler=sampler, made_from=made_from
     )
     assert json.loads((tmp_path / "to" / "images.json").read_text())["adapters"] == made_from["adapters"]
-    load = generate.load_pipeline
+    load = generate.load
 
     def late(*args: Any) -> Any:
         scaled(weights)
         return load(*args)
 
-    monkeypatch.setattr(generate, "load_pipeline", late)
+    monkeypatch.setattr(generate, "load", late)
     with pytest.raises(ConfigError, match=r"adapters\.0: "):
         generate.loaded(model, sampler, side)
 

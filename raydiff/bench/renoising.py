@@ -43,7 +43,7 @@ def _gradients(run: Run, pictures: int, copies: int) -> list[Tensor]:
         prompts, seeds = batch.flat_prompts(), batch.flat_seeds()
         with torch.no_grad():
             clean = method.finish(policy, policy.predict(prompts), batch)
-        latents = method.renoised(policy, clean, prompts, seeds, [])
+        latents = method.renoised(policy, clean, prompts, batch.loss_seeds(shared=False), [])
         rewards, _ = policy.rewards(latents, prompts * copies, seeds * copies)
         each = [torch.autograd.grad(-reward, weights, retain_graph=True) for reward in rewards]
         found.append(torch.stack([torch.cat([g.flatten() for g in gradient]) for gradient in each]))

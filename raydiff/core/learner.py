@@ -168,7 +168,8 @@ def update(
     if vanished and not (scale and scale.vanished()) and zero_gradient == "refuse":
         raise FloatingPointError(
             "the gradient of the whole update is exactly 0, so that nothing is learned from it: the rewards do not depend on"
-            " the pictures, all their weights are 0, or the gradient is too small for model.dtype; mend that, or set"
+            " the pictures, all their weights are 0, every step is beyond method.clip, or the gradient is too small for"
+            " model.dtype; mend that, or set"
             ' train.zero_gradient to "accept"'
         )
     return averages(history) | of_steps(norms, scale)
@@ -195,7 +196,7 @@ def _passes(
 
 def averages(history: Sequence[Metrics]) -> dict[str, float]:
     """The mean of each metric over micro-batches."""
-    return {name: float(torch.stack([m[name].float() for m in history]).mean()) for name in history[0]}
+    return {name: float(torch.stack([m[name].double() for m in history]).mean()) for name in history[0]}
 
 
 def of_steps(norms: Sequence[float], loss_scale: LossScale | None) -> dict[str, float]:

@@ -58,6 +58,8 @@ class Plugin(ModelConfig):
     def files(self) -> dict[str, Path | str]:
         folder = Path(self.folder())
         parts: dict[str, Path | str] = {"path": f"{self.path}@{self.revision}" if self.revision else self.path}
+        if not _is_hub_id(self.path):
+            parts = {"path": folder}
         if folder.is_dir():
             parts = {f"path/{part}": folder / part for part in (*formats.STEMS, "tokenizer", "scheduler", "model_index.json")}
         return super().files() | parts | {f"adapters.{i}": Path(adapter) for i, adapter in enumerate(self.adapters)}

@@ -70,14 +70,19 @@ class _StubModel:
     has_reference = True
 
     def __init__(self) -> None:
-        self.denoiser: nn.Module = nn.Linear(1, 1, bias=False)
+        self.denoiser = nn.Linear(1, 1, bias=False)
+        self._in_reference = False
 
     def schedule(self, steps: int, spacing: Any = None, final_alpha: float | None = None) -> Schedule:
         config = {"num_train_timesteps": max(1000, steps), "set_alpha_to_one": False}
         return Schedule.from_config(config, steps, spacing=spacing or "trailing", final_alpha=final_alpha)
 
     def predict(self, denoiser: nn.Module, prompts: Sequence[str], guidance: float, detach_negative: bool = False) -> Predict:
-        return lambda x, time: 0 * denoiser(x)
+        def run(x: Tensor, time: Tensor) -> Tensor:
+            weight = self.denoiser.weight
+            return 0 * nn.functional.linear(x, weight.detach() if self._in_reference else weight)
+
+        return run
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents.expand(-1, 3, -1, -1)
@@ -93,7 +98,9 @@ class _StubModel:
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
+        self._in_reference = True
         yield
+        self._in_reference = False
 
     def trained(self) -> dict[str, nn.Parameter]:
         return dict(self.denoiser.named_parameters())

@@ -104,7 +104,10 @@ def _peak_of_update(run: Run, skeleton: Any) -> int:
         return steps - min(run.method.keep(steps, torch.Generator().manual_seed(0)))
 
     def trace(steps: int) -> int:
-        session = _Traced(small(run, SimpleNamespace(build=lambda *_, **__: skeleton), run.batch.micro, steps=steps), "meta")
+        session = _Traced(
+            small(run, SimpleNamespace(build=lambda *_, **__: skeleton, dtype=run.model.dtype), run.batch.micro, steps=steps),
+            "meta",
+        )
         for p in skeleton.trained().values():
             p.grad = torch.zeros_like(p)  # stays; it has a line of its own
         with _Shapes(), _fused_attention(), Live([*_tensors(skeleton)]) as live:

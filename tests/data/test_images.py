@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from raydiff.config import rewards
+from raydiff.contents import Contents
 from raydiff.data import files, images, pictures
 from raydiff.data.images import Columns
 from raydiff.distributed.batch import Output
@@ -115,7 +116,17 @@ class Scored:
         self.together: list[tuple[int, ...]] = []
         real = Scorer._score
         monkeypatch.setattr(Scorer, "_score", lambda *a: (self.together.append(tuple(i for i, *_ in a[1])), real(*a)))
-        scorer = Scorer(Output("unused"), rewards({"blue": "colour"}), None, Columns(prompt=None), "unused", 4, 256, "cpu")
+        scorer = Scorer(
+            Output("unused"),
+            rewards({"blue": "colour"}),
+            None,
+            Columns(prompt=None),
+            "unused",
+            4,
+            256,
+            Contents({}).dump(),
+            "cpu",
+        )
         table = pa.table({"image": pa.array(files, pa.binary())})
         data, self.bad = scorer.make(0, table, {"start": 0, "file": "x", "row": 0})
         self.rows = pq.read_table(io.BytesIO(data))

@@ -1,8 +1,9 @@
 """DDPO: log-probabilities that the sampler stored, advantages over the whole update, and the clipped policy gradient."""
 
+import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -199,16 +200,17 @@ def test_any_number_of_workers_computes_the_same_advantages(tiny_run: Make) -> N
     whole = list(alone.ready(alone.batches(0)))
     pair = [Session(run, rank=rank, workers=2) for rank in (0, 1)]
     sampled = [list(session.batches(0)) for session in pair]
-    told: list[list] = [[], []]  # what each rank tells the others; a real Gather waits for it
+    told: dict[tuple[int, int], list] = {}  # by rank and call, what it tells the others; a real Gather waits for it
 
     for _ in range(2):  # the first round only listens
         out = []
         for rank, session in enumerate(pair):
-            session.advantages = run.method.advantages()
+            session.advantages, calls = run.method.advantages(), itertools.count()
 
-            def gather(value: list, rank: int = rank) -> list:
-                told[rank] = value
-                return [told[0] or value, told[1] or value]
+            def gather(value: list, rank: int = rank, calls: Iterator[int] = calls) -> list:
+                call = next(calls)
+                told[rank, call] = value
+                return [told.get((other, call), value) for other in (0, 1)]
 
             session.gather = gather
             out.append(list(session.ready(sampled[rank])))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from raydiff import local
 from raydiff.config import Run
+from raydiff.contents import Contents
 from raydiff.core.learner import TorchEngine
 from raydiff.core.policy import NonFiniteReward, RewardFailed, checked
 from raydiff.core.reward_vjp import RewardError, score_and_grad, weighted_sum
@@ -278,7 +279,7 @@ def test_score_leaves_out_the_row_that_raises_and_ends_where_all_would(naughty_r
 
     def scored(how: str) -> tuple[dict[str, Any], list[str]]:
         rewards = naughty_run(how).rewards.named
-        scorer = Scorer(Output(str(tmp_path)), rewards, None, Columns(), str(tmp_path), 4, 4, "cpu")
+        scorer = Scorer(Output(str(tmp_path)), rewards, None, Columns(), str(tmp_path), 4, 4, Contents({}).dump(), "cpu")
         parts, reasons = {name: torch.full((3,), torch.nan).numpy() for name in rewards}, ["", "", ""]
         scorer._score(rows, parts, reasons)
         return parts, reasons
