@@ -70,7 +70,7 @@ class _StubModel:
     has_reference = True
 
     def __init__(self) -> None:
-        self.denoiser = nn.Linear(1, 1, bias=False)
+        self.denoiser: nn.Module = nn.Linear(1, 1, bias=False)
         self._in_reference = False
 
     def schedule(self, steps: int, spacing: Any = None, final_alpha: float | None = None) -> Schedule:
@@ -79,7 +79,7 @@ class _StubModel:
 
     def predict(self, denoiser: nn.Module, prompts: Sequence[str], guidance: float, detach_negative: bool = False) -> Predict:
         def run(x: Tensor, time: Tensor) -> Tensor:
-            weight = self.denoiser.weight
+            (weight,) = self.denoiser.parameters()
             return 0 * nn.functional.linear(x, weight.detach() if self._in_reference else weight)
 
         return run
