@@ -25,6 +25,9 @@ ScoreAndGrad = Callable[[Tensor, Sequence[str]], tuple[Tensor, Parts, Tensor]]
 """images, prompts -> (total (B,), parts, d total / d images (B,3,H,W)), all without a graph: what can cross a process."""
 
 _ATTEMPTS = 3  # calls of a reward that raises, before it is believed
+_SCALES = 2.0**12, 1.0
+"""Of a reward's backward pass, the second where the first overflows. A power of two changes no bit of float32 and bfloat16, and
+a reward that computes in float16 has no numbers for the slope of one pixel of many."""
 
 
 class RewardError(RuntimeError):
@@ -97,11 +100,18 @@ def _answer(reward: Reward, images: Tensor, prompts: Sequence[str], gradient: bo
     """One call. The reward gets copies, which it may change in place as it likes."""
     if not len(images):
         return images.new_zeros(0, dtype=_wide(images)), torch.zeros_like(images)
-    with _undisturbed(gradient):
-        own = images.detach().requires_grad_(gradient)
-        values = reward(own.clone(), list(prompts))
-    _check(values, images)
-    found = _gradient(values, own) if gradient else images.new_zeros(0)
+    found = images.new_zeros(0)
+    for scale in _SCALES if gradient else (1.0,):
+        with _undisturbed(gradient):
+            own = images.detach().requires_grad_(gradient)
+            values = reward(own.clone(), list(prompts))
+        _check(values, images)
+        if gradient:
+            found = _gradient(values, own, scale)
+        if bool(torch.isfinite(found).all()):
+            break
+    else:
+        _check_finite(values, found)
     # A copy: the reward may keep the tensor and write to it again
     return values.detach().to(_wide(images), copy=True), found
 
@@ -136,22 +146,24 @@ def _check(values: Any, images: Tensor) -> None:
     )
 
 
-def _gradient(values: Tensor, images: Tensor) -> Tensor:
+def _gradient(values: Tensor, images: Tensor, scale: float) -> Tensor:
     """d values / d images: one backward pass, as each value depends on its own image alone."""
     if values.requires_grad:
-        values.backward(torch.ones_like(values))  # autograd.grad would refuse a reward with reentrant checkpoints
-    found = images.grad
-    if found is None:
+        values.backward(torch.full_like(values, scale))  # autograd.grad would refuse a reward with reentrant checkpoints
+    if images.grad is None:
         raise _Unusable(
             "training needs its gradient, and none reaches the pictures: it detaches them, or computes without torch's graph;"
             " keep the graph, or set `differentiable = False` in its class Plugin and measure it in evaluate.rewards only"
         )
-    if not bool(torch.isfinite(found).all()):
-        broken = ~torch.isfinite(found).flatten(1).all(1)
-        if bool(broken[torch.isfinite(values)].any()):  # what is not finite itself has no better gradient
-            row = int((broken & torch.isfinite(values)).nonzero()[0])
-            raise _Unusable(f"its value is {values[row].item():.4g}, and the gradient of it is not finite", row)
-    return found
+    return images.grad / scale
+
+
+def _check_finite(values: Tensor, gradient: Tensor) -> None:
+    """Raise _Unusable for a finite value whose gradient is not; what is not finite itself has no better one."""
+    broken = torch.isfinite(values) & ~torch.isfinite(gradient).flatten(1).all(1)
+    if bool(broken.any()):
+        row = int(broken.nonzero()[0])
+        raise _Unusable(f"its value is {values[row].item():.4g}, and the gradient of it is not finite", row)
 
 
 def _wide(images: Tensor) -> torch.dtype:

@@ -10,6 +10,7 @@ import os
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import safetensors.torch
@@ -18,7 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raydiff.config import Run
-from raydiff.core.learner import Engine, LossScale
+from raydiff.core.learner import Engine, LossScale, Metrics
+from raydiff.core.policy import Policy
+from raydiff.core.rollouts import Rollouts
 from raydiff.distributed.engine import ZeroEngine
 from raydiff.distributed.ranks import Ranks
 from raydiff.session import Session
@@ -54,6 +57,13 @@ def after_nan(run: Run, rank: int, world: int, gather: Any) -> tuple[str, bool]:
     session = Session(run, "cpu", rank, world, gather=gather)
     engine = zero_engine(session)
     before = engine.full("parameters")
+    loss = session.method.loss
+
+    def broken(policy: Policy, batch: Rollouts) -> tuple[Tensor, Metrics]:
+        value, metrics = loss(policy, batch)
+        return value + (0 * value).sqrt(), metrics  # finite, with a slope that is no number
+
+    session.method = SimpleNamespace(loss=broken, selects=False)  # type: ignore[assignment]
     try:
         session.update(engine, 0)
     except FloatingPointError as error:
@@ -69,9 +79,9 @@ def main(rank: int, world: int, runs: Path, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
     gather = Ranks(timeout=120).gather
     for name, tree in json.loads(runs.read_text()).items():
-        half, rough = (Run.model_validate(tree[kind]) for kind in ("half", "rough"))
+        half, exact = (Run.model_validate(tree[kind]) for kind in ("half", "exact"))
         weights, told = after_overflow(half, rank, world, gather)
-        told["said"], told["moved"] = after_nan(rough, rank, world, gather)
+        told["said"], told["moved"] = after_nan(exact, rank, world, gather)
         if rank == 0:
             safetensors.torch.save_file({k: v.contiguous() for k, v in weights.items()}, folder / f"{name}.safetensors")
             (folder / f"{name}.json").write_text(json.dumps(told))
