@@ -82,7 +82,7 @@ class Worker:
         found: Checkpoint | None = None
         with ranks.agreed():
             if ranks.rank == 0:
-                found = checkpoint.latest(folder)
+                found = checkpoint.latest(folder, board.tell.remote)
         place = ranks.gather(found.folder.uri if found else None)[0]  # rank 0 looked: all continue from the same one
         with ranks.agreed():
             try:

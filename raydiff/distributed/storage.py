@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import re
@@ -23,6 +24,7 @@ T = TypeVar("T")
 PATIENCE = 600.0  # seconds that a run waits for a storage that is away
 _log = logging.getLogger(__name__)
 
+_PART = 2**22  # bytes read at once for a digest
 DRAFT = ".draft"  # ending of files that are being written
 # Object stores show an object when it is whole; to move one would copy it.
 _ALL_AT_ONCE = tuple(
@@ -142,6 +144,15 @@ class Folder:
 
     def read_json(self, path: str) -> Any:
         return json.loads(self.read(path))
+
+    @_patiently
+    def sha256(self, path: str) -> str:
+        """Of a file's bytes, which are not held at once. Raises FileNotFoundError."""
+        with self.fs.open_input_stream(f"{self.root}/{path}") as stream:
+            digest = hashlib.sha256()
+            while part := stream.read(_PART):
+                digest.update(part)
+        return digest.hexdigest()
 
     @_patiently
     def size(self, path: str) -> int | None:
