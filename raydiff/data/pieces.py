@@ -9,6 +9,7 @@ Readers of Parquet folders leave out names with "_" in front.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -123,6 +124,12 @@ def split(start: int, stop: int, size: int) -> list[tuple[int, int]]:
 def listing(paths: Sequence[Path]) -> list[list[Any]]:
     """Name, size and time of change of files: what tells whether they are those of an earlier call."""
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+
+
+def sha256(file: Path) -> str:
+    """Of a file's bytes, which are not held at once."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager
