@@ -5,7 +5,7 @@ they name, the encoder's weights and the size:
 
     rows-000000000000-000000000256.f32    (n,2,F,2,C,h,w) fp32: of each usable pair both sides, as it is and, with `pairs.flip`,
                                           mirrored, mean and std
-    rows-000000000000-000000000256.json   which rows those are, their prompts, labels and digests, and the bad rows; written last
+    rows-000000000000-000000000256.json   which rows those are, their prompts, labels, digests, and the bad rows; written last
     index.parquet                         all usable pairs, in order, with the SHA-256 of each one's record
     index.json                            that file's SHA-256; the cache is whole when it is there
     bad_rows.jsonl                        file, row and reason of what is not in it
@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raydiff import sealed
+from raydiff import drafts, sealed
 from raydiff.config import Pairs
 from raydiff.core.denoise import mix
 from raydiff.core.policy import LatentModel
@@ -108,7 +108,7 @@ class Cache:
         bad: list[BadRow] = []
         kept: dict[str, list[Any]] = {"row": [], "prompt": [], "label": []}
         digests: list[str] = []
-        with pieces.replacing(self._data(piece)) as draft, draft.open("wb") as out:
+        with drafts.replacing(self._data(piece)) as draft, draft.open("wb") as out:
             for chunk in _ahead(self._chunks(piece, bad)):
                 for record in self._records(torch.stack([image for _, sides in chunk for image in sides])):
                     data = record.tobytes()
@@ -117,7 +117,7 @@ class Cache:
                 for pair, _ in chunk:
                     for name, values in kept.items():
                         values.append(getattr(pair, name))
-        with pieces.replacing(self._side(piece)) as draft:
+        with drafts.replacing(self._side(piece)) as draft:
             draft.write_bytes(sealed.dump(kept | {"digest": digests, "bad": [asdict(row) for row in bad]}))
         return bad
 
@@ -156,10 +156,10 @@ class Cache:
             raise PairsError(
                 f"pairs.path = {self.pairs.path!r}: no pair can be used; {self.folder / 'bad_rows.jsonl'} says why"
             )
-        with pieces.replacing(self.folder / _INDEX) as draft:
+        with drafts.replacing(self.folder / _INDEX) as draft:
             pq.write_table(whole, draft)
             digest = pieces.sha256(draft)
-        with pieces.replacing(self.folder / _WHOLE) as draft:
+        with drafts.replacing(self.folder / _WHOLE) as draft:
             draft.write_bytes(sealed.dump({_INDEX: digest}))
 
     def open(self) -> Latents:
@@ -293,6 +293,8 @@ def prepare(
             cache.within(bad)
 
     cache = Cache(pairs, model, batch)
+    if rank == 0:
+        drafts.clear(cache.folder)
     missing = gather(cache.missing())[0]
     bad = cache.bad() if missing else []
     for start in range(0, len(missing), workers):

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raydiff import __version__
+from raydiff import __version__, drafts
+from raydiff.drafts import replacing
 
 _HIDDEN, _LEFT_OUT = "_raydiff", b"raydiff.left_out"
 
@@ -85,6 +84,8 @@ def write(
     folder = Path(to)
     _check_own(folder, made_from)
     (folder / _HIDDEN).mkdir(parents=True, exist_ok=True)
+    for place in (folder, folder / _HIDDEN):
+        drafts.clear(place)
     _publish(folder / _HIDDEN / "dataset.json", {"raydiff": __version__, "made_from": made_from})
     pairs, made, dropped, bad = 0, 0, Counter[str](), list[BadRow]()
     for start, stop in ranges:
@@ -130,17 +131,6 @@ def sha256(file: Path) -> str:
     """Of a file's bytes, which are not held at once."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `file` at the end, and is gone after a fault: the file is never seen half."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}.draft")
-    try:
-        yield draft
-        os.replace(draft, file)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _publish(file: Path, value: Any) -> None:

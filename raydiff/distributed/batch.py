@@ -77,8 +77,8 @@ class Output:
     def write(self, start: int, stop: int, data: bytes, bad: Sequence[BadRow]) -> None:
         """Finish a range. Its bad rows go first: where the range's file is, they are."""
         if bad:
-            self.folder.publish(self.bad_path(start, stop), _lines(asdict(row) for row in bad))
-        self.folder.publish(self.path(start, stop), data)
+            self.folder.write(self.bad_path(start, stop), _lines(asdict(row) for row in bad))
+        self.folder.write(self.path(start, stop), data)
 
     def bad(self, start: int, stop: int) -> list[BadRow]:
         """The bad rows of a finished range."""
@@ -233,7 +233,7 @@ def run(job: Job) -> Summary:
             progress.waiting("starting Ray")
             claim = _room(job, len(missing))
             about = {"what": job.what, "raydiff": __version__, "rows": job.rows, "made_from": job.made_from}
-            folder.publish(ABOUT, json.dumps(about, indent=1).encode())
+            folder.write(ABOUT, json.dumps(about, indent=1).encode())
         try:
             bad = len(_bad(output, [r for i in set(range(len(ranges))) - set(missing) for r in ranges[i]]))
             _within(bad, job)
@@ -246,7 +246,7 @@ def run(job: Job) -> Summary:
         finally:
             found = _bad(output, every)
             if found:
-                folder.publish(BAD_ROWS, _lines(asdict(row) for row in found))
+                folder.write(BAD_ROWS, _lines(asdict(row) for row in found))
         made = sum(output.name(*r) not in there for r in every)
         summary = Summary(folder.uri, job.rows, len(found), len(every), made, seconds)
         rate = f"; {duration(seconds)}, {_rows(tickets) / seconds:.2f} rows/s" if missing else "; nothing was missing"

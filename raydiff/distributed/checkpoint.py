@@ -2,8 +2,8 @@
 
 `checkpoint_000020/` holds parameters, exp_avg, exp_avg_sq and, where there are any, ema and the best weights so far (which the
 history tells the step and value of) as safetensors, and
-`checkpoint.json`, written last with size and SHA-256 of the others, and with its own: without it, or with a file of another size
-or content, the checkpoint does not exist. So a kill or a full disk while one is written, and a byte that changes later, leave the
+`checkpoint.json`, written last with size and SHA-256 of the others, and its own: without it, or with a file of another size or
+content, the checkpoint does not exist. So a kill or a full disk while one is written, and a byte that changes later, leave the
 one before it. Ray's own index of checkpoints is rewritten in place, and a full disk destroys it; a run does not use it.
 
 The scheduler's and the moving average's step is the number of updates done, times the optimiser steps of one for the scheduler.

@@ -145,7 +145,7 @@ class Drawer(Generator):
     def file(self, drawn: Iterable[tuple[int, Sample]]) -> bytes:
         def save(number: int, sample: Sample) -> dict[str, Any]:
             name = drawing.file_name(number, sample)
-            self.output.folder.publish(name, drawing.png(sample, self.recipe.origin))
+            self.output.folder.write(name, drawing.png(sample, self.recipe.origin))
             return {"file": name, "prompt": sample.prompt, "seed": sample.seed}
 
         work = [self.threads.submit(save, number, sample) for number, sample in drawn]
@@ -173,4 +173,4 @@ def _index(output: Output, job: batch.Job, origin: dict[str, Any]) -> None:
     """images.json of a folder of PNGs, as `raydiff generate` without Ray writes it."""
     files = [output.path(*r) for ticket in job.tickets for r in job.ranges(ticket)]
     listed = [json.loads(line) for file in files for line in output.folder.read(file).splitlines()]
-    output.folder.publish("images.json", json.dumps({**origin, "images": listed}, indent=1, ensure_ascii=False).encode())
+    output.folder.write("images.json", json.dumps({**origin, "images": listed}, indent=1, ensure_ascii=False).encode())

@@ -100,8 +100,8 @@ def trial(run: Run, name: str, tags: Mapping[str, str], progress: Progress, star
     the run's files held when the sweep began, which all its trials share. Raises what `train` does.
     """
     folder = Folder(run.storage) / name
-    if folder.size(RUN) is not None:
-        checkpoint.check_same_run(folder.read_json(RUN), run)
+    if (before := recorded_run(folder)) is not None:
+        checkpoint.check_same_run(before, run)
     held = _held(run, folder)
     if started:
         started.compare(held.digests)
@@ -113,9 +113,23 @@ def trial(run: Run, name: str, tags: Mapping[str, str], progress: Progress, star
         raise Refused(*outcome["refused"]).error()
 
 
+def recorded_run(folder: Folder) -> Mapping[str, Any] | None:
+    """The JSON of a started run: of RUN, and when that is missing or broken of the newest checkpoint, which holds it too."""
+    found = folder.json_or_none(RUN)
+    try:
+        Run.model_validate(found)
+    except ValueError:
+        newest = checkpoint.latest(folder)
+        return found if newest is None else newest.run
+    return dict(found)
+
+
 def recorded(folder: Folder) -> Contents | None:
-    """What the files of a started run, or sweep, held; None when that was not written down."""
-    return None if folder.size(contents.FILE) is None else Contents.load(folder.read(contents.FILE))
+    """What the files of a started run, or sweep, held; None when that was not written down, or is broken."""
+    try:
+        return Contents.load(folder.read(contents.FILE))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def same_contents(before: Contents | None, now: Contents, folder: Folder, may_change: Sequence[str] = ()) -> Contents:
@@ -133,7 +147,7 @@ def _held(run: Run, folder: Folder) -> Contents:
     """What the run's files hold. Raises ConfigError when a run that was started had others."""
     before = recorded(folder)  # first: what it has read need not be read again
     now = Contents.of(run)
-    return now if folder.size(RUN) is None else same_contents(before, now, folder, checkpoint.MAY_CHANGE)
+    return now if recorded_run(folder) is None else same_contents(before, now, folder, checkpoint.MAY_CHANGE)
 
 
 def _begin(run: Run, folder: Folder, held: Contents) -> None:
@@ -218,14 +232,12 @@ def _resumed(run: Run, resume: str | Path) -> Folder:
     """The folder of a started run, checked: it exists, is not finished, and was started with this config."""
     text = str(resume)
     folder = Folder(text, PATIENCE) if "/" in text else Folder(run.storage, PATIENCE) / text
-    if folder.size(RUN) is None:
+    if (before := recorded_run(folder)) is None:
         names = [name for name in Folder(run.storage).folders() if (Folder(run.storage) / name).size(RUN) is not None]
         there = f"; there are {', '.join(names[-5:])}" if names else ""
         raise ConfigError(f"resume = {text!r}: no run was started in {folder}{there}")
-    before = folder.read_json(RUN)
     checkpoint.check_same_run(before, run)
-    if folder.size(learn.FINISHED) is not None:
-        finished = folder.read_json(learn.FINISHED)
+    if (finished := folder.json_or_none(learn.FINISHED)) is not None:
         stopped = finished["stopped_by"] if run.train.stop_when == Run.model_validate(before).train.stop_when else None
         if finished["updates"] >= run.train.updates or stopped:
             way_out = f"It was stopped by {stopped}; another train.stop_when" if stopped else "A larger train.updates"

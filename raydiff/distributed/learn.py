@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from statistics import mean
 from typing import Any
 
@@ -82,6 +82,8 @@ class Worker:
         found: Checkpoint | None = None
         with ranks.agreed():
             if ranks.rank == 0:
+                for part in ("", PurePosixPath(GRID).parent.as_posix()):
+                    folder.clear_drafts(part)
                 found = checkpoint.latest(folder, board.tell.remote)
         place = ranks.gather(found.folder.uri if found else None)[0]  # rank 0 looked: all continue from the same one
         with ranks.agreed():
@@ -231,6 +233,7 @@ class Worker:
         weights, result = self.averages(), self.result(reason, after)
         with self.ranks.agreed():
             if self.ranks.rank == 0:
+                self.folder.remove(FINISHED)  # of a run that is continued: it tells of the weights before
                 self.export(weights, ADAPTER)
                 self.export_best()
                 before = self.before()[: self.run.evaluate.grid]
@@ -245,7 +248,7 @@ class Worker:
             self.session.model.export(scratch, weights)
             if best:
                 best.write(scratch)
-            self.folder.upload(Path(scratch), name)
+            self.folder.upload(Path(scratch), name, watch.BEST)
             self.add([], [f"{name}/{f.relative_to(scratch).as_posix()}" for f in Path(scratch).rglob("*") if f.is_file()])
 
     def export_best(self) -> None:

@@ -277,7 +277,7 @@ def _outcome(config: Sweep, folder: Folder, result: Any) -> Outcome:
         Point(update, int(row[_QUERIES]), float(row[_OBJECTIVE]), float(row[config.metric]))
         for update, row in sorted(rows.items())
     ]
-    finished = (folder / trial).size(learn.FINISHED) is not None
+    finished = (folder / trial).json_or_none(learn.FINISHED) is not None
     status = "finished" if finished else "failed" if result.error else "stopped early"
     return Outcome(
         trial, status, _values(result.config), points, str(result.error).strip().splitlines()[-1] if result.error else ""
@@ -286,7 +286,7 @@ def _outcome(config: Sweep, folder: Folder, result: Any) -> Outcome:
 
 def recipe_of(trial: Folder, base: Run) -> Run:
     """The recipe that a trial ran, by its run.json; name, storage and tracking, which the sweep had set, are as in `base`."""
-    ran = Run.model_validate(trial.read_json(launch.RUN))
+    ran = Run.model_validate(launch.recorded_run(trial))
     return override(ran, {"name": base.name, "storage": base.storage, "tracking": base.tracking.model_dump(mode="json")})
 
 

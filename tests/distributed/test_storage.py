@@ -55,7 +55,7 @@ def test_a_folder_in_a_bucket(bucket: Bucket) -> None:
     folder = Folder("s3://runs/all") / "one"
     assert not folder.exists()
     folder.write("a/b.bin", b"123")
-    folder.publish("c", b"4")
+    folder.write("c", b"4")
     folder.write_json("d.json", {"e": 5})
     assert (folder.read("a/b.bin"), folder.size("a/b.bin"), folder.size("b")) == (b"123", 3, None)
     assert folder.read_json("d.json") == {"e": 5}
