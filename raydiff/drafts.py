@@ -58,6 +58,23 @@ def replacing(file: Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
+def create(file: Path, data: bytes) -> bool:
+    """Write a new file, whole from its first moment. Returns False, and writes nothing, when there is one already."""
+    draft = file.with_name(name(file.name))
+    try:
+        draft.write_bytes(data)
+        try:
+            os.link(draft, file)
+        except PermissionError:  # a filesystem without links
+            with file.open("xb") as stream:
+                stream.write(data)
+    except FileExistsError:
+        return False
+    finally:
+        draft.unlink(missing_ok=True)
+    return True
+
+
 @contextmanager
 def replacing_folder(folder: Path, last: str) -> Iterator[Path]:
     """An empty folder to write to, which takes the place of `folder` at the end, and is gone after a fault.

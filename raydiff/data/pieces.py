@@ -84,9 +84,11 @@ def write(
     folder = Path(to)
     _check_own(folder, made_from)
     (folder / _HIDDEN).mkdir(parents=True, exist_ok=True)
+    about = json.dumps({"raydiff": __version__, "made_from": made_from}, indent=1).encode()
+    if not drafts.create(folder / _HIDDEN / "dataset.json", about):
+        _check_own(folder, made_from)  # another call may have begun it since
     for place in (folder, folder / _HIDDEN):
         drafts.clear(place)
-    _publish(folder / _HIDDEN / "dataset.json", {"raydiff": __version__, "made_from": made_from})
     pairs, made, dropped, bad = 0, 0, Counter[str](), list[BadRow]()
     for start, stop in ranges:
         file = folder / f"rows-{start:012d}-{stop:012d}.parquet"
@@ -131,11 +133,6 @@ def sha256(file: Path) -> str:
     """Of a file's bytes, which are not held at once."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _publish(file: Path, value: Any) -> None:
-    with replacing(file) as draft:
-        draft.write_text(json.dumps(value, indent=1))
 
 
 def _check_own(folder: Path, made_from: Mapping[str, Any]) -> None:

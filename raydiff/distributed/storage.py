@@ -9,8 +9,8 @@ import logging
 import re
 import secrets
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path, PurePosixPath
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -100,30 +100,34 @@ class Folder:
         """The folder as a path of this machine's filesystem, if it is one."""
         return Path(self.root) if isinstance(self.fs, pafs.LocalFileSystem) else None
 
+    @contextmanager
+    def open(self, path: str) -> Iterator[Any]:
+        """A stream to write a file to. The file is never seen half: it is there when the block has ended without a fault."""
+        final = PurePosixPath(f"{self.root}/{path}")
+        written = final if isinstance(self.fs, _ALL_AT_ONCE) else final.with_name(drafts.name(final.name))
+        try:
+            self.fs.create_dir(str(final.parent), recursive=True)
+            with self.fs.open_output_stream(str(written)) as stream:
+                yield stream
+            if written != final:
+                self.fs.move(str(written), str(final))
+        except BaseException:
+            if written != final:
+                with suppress(OSError):
+                    self.fs.delete_file(str(written))
+            raise
+
     @_patiently
     def write(self, path: str, data: bytes) -> None:
         """Write a file that is never seen half, even by who dies over it.
 
         Raises StorageError when the disk is full or the folder cannot be written; what was there is then still there.
         """
-        final = PurePosixPath(f"{self.root}/{path}")
-        written = final if isinstance(self.fs, _ALL_AT_ONCE) else final.with_name(drafts.name(final.name))
         try:
-            self.fs.create_dir(str(final.parent), recursive=True)
-            with self.fs.open_output_stream(str(written)) as stream:
+            with self.open(path) as stream:
                 stream.write(data)
-            if written != final:
-                self.fs.move(str(written), str(final))
         except OSError as error:
-            if written != final:
-                with suppress(OSError):
-                    self.fs.delete_file(str(written))
             raise self._failed(path, len(data), error) from error
-
-    def open(self, path: str) -> Any:
-        """A stream to write a large file to, in an existing folder or not."""
-        self.fs.create_dir(str(PurePosixPath(f"{self.root}/{path}").parent), recursive=True)
-        return self.fs.open_output_stream(f"{self.root}/{path}")
 
     def write_json(self, path: str, value: Any) -> None:
         self.write(path, json.dumps(value, indent=1).encode())
