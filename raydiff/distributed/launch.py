@@ -20,6 +20,7 @@ from raydiff import __version__, contents, placement
 from raydiff.config import ConfigError, Run, geometry, override
 from raydiff.contents import Contents
 from raydiff.distributed import checkpoint, cluster, learn, pipeline, score, tracking
+from raydiff.distributed.lease import Lease
 from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.ranks import Refused
 from raydiff.distributed.score import Group
@@ -56,21 +57,25 @@ def train(run: Run, *, resume: str | Path | None = None) -> Result:
     """Train on a Ray cluster: the one that is connected, that RAY_ADDRESS names, or a local one.
 
     `resume` is the name or the folder of a started run; it goes on after its newest checkpoint. Raises ConfigError before any
-    worker starts when the run cannot work here; NonFiniteReward, FloatingPointError or StorageError, without a retry, when it
-    cannot go on; KeyboardInterrupt after a last checkpoint on Ctrl-C.
+    worker starts when the run cannot work here, or another driver is at it; NonFiniteReward, FloatingPointError or
+    StorageError, without a retry, when it cannot go on; KeyboardInterrupt after a last checkpoint on Ctrl-C.
     """
     preflight(run)
     folder = _resumed(run, resume) if resume is not None else _fresh(run)
-    held = _held(run, folder)
-    with Progress(run.train.updates, pools=_pools(run)) as progress:
+    with Lease(folder) as mine, Progress(run.train.updates, pools=_pools(run)) as progress:
+        if resume is not None:  # a fresh run's name is its own: it leaves no folder when it cannot start
+            mine.take()
+            _resumed(run, resume)  # it may have been finished meanwhile
+        held = _held(run, folder)
         progress.say(f"{folder.name}: {geometry(run)}, {run.train.updates} updates, ZeRO-{run.train.zero_stage}")
         progress.waiting("starting Ray and MLflow")
         with ThreadPoolExecutor(1) as thread:
             experiment = thread.submit(tracking.prepare, run)
             use_gpu = connect(run)
+        mine.take()
         _begin(run, folder, held)
         tracker = tracking.start(run, experiment.result(), folder.name, folder)
-        outcome = _carried_out(run, folder, held, tracker, use_gpu, progress)
+        outcome = _carried_out(run, folder, mine, held, tracker, use_gpu, progress)
     if "refused" in outcome:
         raise Refused(*outcome["refused"]).error()
     if "stopped" in outcome:
@@ -100,15 +105,17 @@ def trial(run: Run, name: str, tags: Mapping[str, str], progress: Progress, star
     the run's files held when the sweep began, which all its trials share. Raises what `train` does.
     """
     folder = Folder(run.storage) / name
-    if (before := recorded_run(folder)) is not None:
-        checkpoint.check_same_run(before, run)
-    held = _held(run, folder)
-    if started:
-        started.compare(held.digests)
-    _begin(run, folder, held)
-    tracker = tracking.start(run, tracking.prepare(run), name, folder, tags)
-    use_gpu = placement.claims(run, cluster_nodes())[0].gpus > 0
-    outcome = _carried_out(run, folder, held, tracker, use_gpu, progress)
+    with Lease(folder) as mine:
+        mine.take()
+        if (before := recorded_run(folder)) is not None:
+            checkpoint.check_same_run(before, run)
+        held = _held(run, folder)
+        if started:
+            started.compare(held.digests)
+        _begin(run, folder, held)
+        tracker = tracking.start(run, tracking.prepare(run), name, folder, tags)
+        use_gpu = placement.claims(run, cluster_nodes())[0].gpus > 0
+        outcome = _carried_out(run, folder, mine, held, tracker, use_gpu, progress)
     if "refused" in outcome:
         raise Refused(*outcome["refused"]).error()
 
@@ -157,7 +164,7 @@ def _begin(run: Run, folder: Folder, held: Contents) -> None:
 
 
 def _carried_out(
-    run: Run, folder: Folder, held: Contents, tracker: Tracker, use_gpu: bool, progress: Progress
+    run: Run, folder: Folder, mine: Lease, held: Contents, tracker: Tracker, use_gpu: bool, progress: Progress
 ) -> dict[str, Any]:
     """Start pools and workers, and follow them to the end: what `learn.work` returned."""
     if short := _not_free(run):
@@ -174,7 +181,7 @@ def _carried_out(
             folder.write(contents.FILE, held.dump().encode())
         progress.waiting("starting workers")
         with _interruptible():
-            outcome = _trained(run, folder, held, board, use_gpu, store, rewards, progress)
+            outcome = _trained(run, folder, mine, held, board, use_gpu, store, rewards, progress)
         status = "FINISHED" if "finished" in outcome else "KILLED" if "stopped" in outcome else "FAILED"
         said = tags(outcome.get("finished", {}))
     except KeyboardInterrupt:
@@ -274,6 +281,7 @@ def _store(run: Run, folder: Folder) -> Any:
 def _trained(
     run: Run,
     folder: Folder,
+    mine: Lease,
     held: Contents,
     board: Any,
     use_gpu: bool,
@@ -286,7 +294,7 @@ def _trained(
 
     while True:
         try:
-            return _follow(run, _fit(run, folder, held, board, use_gpu, store, rewards), board, progress, store)
+            return _follow(run, _fit(run, folder, mine, held, board, use_gpu, store, rewards), board, progress, store)
         except ControllerError:
             if (fewer := with_fewer_trainers(run, cluster_nodes())) is None:
                 raise
@@ -305,7 +313,7 @@ def with_fewer_trainers(run: Run, nodes: Sequence[placement.Node]) -> Run | None
 
 
 def _fit(
-    run: Run, folder: Folder, held: Contents, board: Any, use_gpu: bool, store: Any, rewards: list[Group]
+    run: Run, folder: Folder, mine: Lease, held: Contents, board: Any, use_gpu: bool, store: Any, rewards: list[Group]
 ) -> Future[dict[str, Any]]:
     """Start the workers in a thread: in the main one Ray would answer Ctrl-C by killing them."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -321,6 +329,7 @@ def _fit(
             "run": run.model_dump_json(),
             "timeout": run.train.timeout,
             "folder": folder.uri,
+            "lease": mine.token,
             "contents": held.dump(),
             "board": board,
             "store": store,

@@ -93,6 +93,8 @@ class Lease:
     def _wait_until_dead(self, before: dict[str, Any]) -> None:
         """Return when the holder is gone, or has not moved for `expiry` seconds. Raises ConfigError when it moves."""
         end = time.monotonic() + self.expiry
+        if not _gone(before):
+            print(f"{self.folder}: looking whether {_named(before)} still works on it, up to {self.expiry:g} seconds")
         while not _gone(before) and time.monotonic() < end:
             time.sleep(min(1.0, self.beat / 4))
             now = _read(self.folder, self.path)

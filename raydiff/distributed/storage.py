@@ -217,7 +217,7 @@ class Folder:
     @_patiently
     def remove(self, path: str) -> None:
         """Delete a file, if it is there."""
-        if self.size(path) is not None:
+        with suppress(FileNotFoundError):
             self.fs.delete_file(f"{self.root}/{path}")
 
     @_patiently

@@ -20,6 +20,7 @@ from raydiff import contents, placement
 from raydiff.config import ConfigError, Run, dump, override
 from raydiff.contents import Contents
 from raydiff.distributed import checkpoint, cluster, launch, learn, sweep_report, tracking
+from raydiff.distributed.lease import Lease
 from raydiff.distributed.progress import Progress
 from raydiff.distributed.storage import Folder
 from raydiff.distributed.sweep_report import Outcome, Point
@@ -63,7 +64,13 @@ def sweep(config: Sweep, *, resume: str | None = None) -> Result:
     base, examples = config.base(), config.examples()
     _preflight(config, base, examples)
     folder = _resumed(config, base, resume) if resume else _fresh(config, base)
-    held = _held(examples, folder, resumed=resume is not None)
+    with Lease(folder) as mine:
+        mine.take()
+        return _carried_out(config, base, examples, folder, resumed=resume is not None)
+
+
+def _carried_out(config: Sweep, base: Run, examples: Sequence[Run], folder: Folder, *, resumed: bool) -> Result:
+    held = _held(examples, folder, resumed=resumed)
     cluster.start(dashboard=True)
     most = concurrent(config, examples)
     uri = tracking.uri(base)
@@ -72,7 +79,7 @@ def sweep(config: Sweep, *, resume: str | None = None) -> Result:
     job = {"sweep": config.model_dump_json(), "storage": folder.uri, "uri": uri, "parent": parent.run_id}
     job["contents"] = held.dump()
     try:
-        grid = _tuner(config, examples, folder, job, most, resume is not None).fit()
+        grid = _tuner(config, examples, folder, job, most, resumed).fit()
         outcomes = sorted((_outcome(config, folder, result) for result in grid), key=lambda o: o.rank)
         tracking.close_trials(uri, parent.run_id, {o.trial: o.status for o in outcomes})
         return _finished(config, base, folder, parent, outcomes)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from raydiff.config import ConfigError
-from raydiff.distributed import lease
+from raydiff.config import ConfigError, Run
+from raydiff.distributed import launch, lease
 from raydiff.distributed.lease import FILE, Lease
 from raydiff.distributed.storage import Folder
 from tests.distributed.test_whole import elsewhere
@@ -139,3 +139,29 @@ def test_of_many_at_the_same_moment_one_gets_it(
     refused = [text for text in answers if "works on this folder" in text]
     assert len(refused) == 3, answers
     assert lease.holds(Folder(tmp_path / "run"), next(text for text in answers if text not in refused))
+
+
+def test_a_run_that_is_at_work_is_not_resumed(start: Start, tmp_path: Path, tiny_run: Callable[..., Run]) -> None:
+    """Before Ray starts, and nothing in its folder changes."""
+    run = tiny_run(changes={"storage": str(tmp_path)})
+    Folder(tmp_path / "run").write("run.json", run.model_dump_json().encode())
+    process, told = start()
+    told.recv()
+    with pytest.raises(ConfigError, match=rf"process {process.pid} on .* works on this folder"):
+        launch.train(run, resume="run")
+    assert sorted(os.listdir(tmp_path / "run")) == [FILE, "run.json"]
+    import ray
+
+    assert not ray.is_initialized()
+
+
+def test_a_full_or_vanished_storage_does_not_end_the_holder(start: Start, tmp_path: Path) -> None:
+    """A beat that cannot be written is followed by another."""
+    process, told = start()
+    token = told.recv()
+    (tmp_path / "run").rename(tmp_path / "away")
+    time.sleep(3 * BEAT)
+    assert process.is_alive() and not (tmp_path / "run").exists()
+    told.send(None)
+    process.join()
+    assert process.exitcode == 0 and lease.holds(Folder(tmp_path / "away"), token)
