@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ENDING = ".draft"
-_HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+# Containers of one host name may number their processes apart
+_HOST = re.sub(r"[^A-Za-z0-9]+", "-", socket.gethostname() + os.path.realpath("/proc/self/ns/pid").rpartition("pid:")[2])
 _WRITER = re.compile(rf"\..+\.(?P<host>[A-Za-z0-9-]+)_(?P<pid>\d+)_[0-9a-f]+{re.escape(ENDING)}")
 _OLD = 24 * 3600.0  # seconds after which a draft of another host, whose processes cannot be seen, is taken for left
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ def save(
         folder.delete(mine)  # the room that it took is needed
         raise
     # Of a later step is only what was passed over when this run was resumed
-    complete = [name for name in _names(folder) if name <= mine and read(folder / name)]
+    complete = [name for name in _names(folder) if _step(name) <= next_step and read(folder / name)]
     for name in _names(folder):
         if name not in complete[-run.train.keep_checkpoints :]:
             folder.delete(name)
@@ -165,8 +166,13 @@ def _name(step: int) -> str:
     return f"checkpoint_{step:06d}"
 
 
+def _step(name: str) -> int:
+    return int(name.removeprefix("checkpoint_"))
+
+
 def _names(folder: Folder) -> list[str]:
-    return [name for name in folder.folders() if name.startswith("checkpoint_")]
+    """Of checkpoints, complete or not, in the order of their steps."""
+    return sorted((name for name in folder.folders() if re.fullmatch(r"checkpoint_\d+", name)), key=_step)
 
 
 def _require_finite(kind: str, group: Mapping[str, Tensor]) -> None:

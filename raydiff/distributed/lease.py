@@ -117,10 +117,14 @@ def holds(folder: Folder, token: str, path: str = FILE) -> bool:
     return found is not None and found.get("token") == token
 
 
-def require(folder: Folder, token: str) -> None:
-    """Raise ConfigError when another process has taken a run's folder over."""
-    if not holds(folder, token):
-        raise ConfigError(f"{folder}: {_named(_read(folder, FILE))} has taken this run over, and it ends here")
+def require(folder: Folder, token: str, patience: float = 2 * BEAT) -> None:
+    """Raise ConfigError when another process has taken a run's folder over, and that is still seen `patience` seconds later: a
+    shared disk may show another host an old file for a while."""
+    end = time.monotonic() + patience
+    while not holds(folder, token):
+        if time.monotonic() >= end:
+            raise ConfigError(f"{folder}: {_named(_read(folder, FILE))} has taken this run over, and it ends here")
+        time.sleep(1)
 
 
 def _read(folder: Folder, path: str) -> dict[str, Any] | None:

@@ -93,6 +93,16 @@ def test_what_was_passed_over_does_not_crowd_out_what_is_good(tiny_run: MakeRun,
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_000006"]
 
 
+def test_the_newest_of_a_million_updates_is_the_one_of_the_highest_step(tiny_run: MakeRun, tmp_path: Path) -> None:
+    run = tiny_run(changes={"train.keep_checkpoints": 2})
+    folder = Folder(tmp_path)
+    for step in (999_998, 999_999, 1_000_000):
+        checkpoint.save(folder, [("best", {})], run=run, next_step=step, calls=Calls(), seconds=1.0, history=[])
+    found = checkpoint.latest(folder, pytest.fail)
+    assert found is not None and found.next_step == 1_000_000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_1000000", "checkpoint_999999"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_never_written(tiny_run: MakeRun, tmp_path: Path, kind: str, value: float) -> None:

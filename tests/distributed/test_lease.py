@@ -107,7 +107,7 @@ def test_a_driver_that_hangs_is_waited_for_and_finds_out_when_it_wakes(start: St
         os.kill(process.pid, signal.SIGCONT)
         time.sleep(3 * BEAT)
         with pytest.raises(ConfigError, match=rf"process {os.getpid()} on .* has taken this run over, and it ends here"):
-            lease.require(mine.folder, token)
+            lease.require(mine.folder, token, 0.0)
         told.send(None)
         process.join()
         lease.require(mine.folder, mine.token)  # it has not taken it back, or removed it
