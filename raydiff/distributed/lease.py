@@ -7,24 +7,26 @@ once. A holder that was stopped or cut off, and comes back, finds another's toke
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
 import socket
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from raydiff import drafts
 from raydiff.config import ConfigError
 from raydiff.distributed.storage import Folder
 
 FILE = "lease.json"
 BEAT, EXPIRY = 10.0, 60.0  # seconds
-_SETTLE = 1.0, 3.0  # seconds after which a claim is read back: on a disk, and in a store that creates nothing exclusively
+_SETTLE = 3.0  # seconds after which a claim is read back where nothing can be locked
+_LOCK = 5.0  # seconds that a lock is waited for: its holder may have been stopped
 
 
 class Lease:
@@ -44,7 +46,7 @@ class Lease:
             return
         self._over.set()
         self._thread.join()
-        with suppress(OSError):  # then it expires
+        with suppress(OSError), self._locked():  # else it expires
             if holds(self.folder, self.token, self.path):
                 self.folder.remove(self.path)
 
@@ -55,25 +57,27 @@ class Lease:
         before = _read(self.folder, self.path)
         if before is not None:
             self._wait_until_dead(before)
+        if self.folder.local is not None:
+            (self.folder.local / self.path).parent.mkdir(parents=True, exist_ok=True)
+        with self._locked() as sure:
             if (now := _read(self.folder, self.path)) not in (None, before):
                 raise self._refused(now)
-            self.folder.remove(self.path)
-        sure = self._create() and before is None
+            self.folder.write_json(self.path, self._record(0))
         if not sure:
-            time.sleep(_SETTLE[self.folder.local is None])  # another may have seen the same, and be as far
+            time.sleep(_SETTLE)  # another may have seen the same, and have written after us
         if not holds(self.folder, self.token, self.path):
             raise self._refused(_read(self.folder, self.path))
         self._thread.start()
 
-    def _create(self) -> bool:
-        """Write the file. Returns whether that was exclusive."""
-        data = json.dumps(self._record(0)).encode()
+    @contextmanager
+    def _locked(self) -> Iterator[bool]:
+        """Inside, no other process looks at the file and changes it. Yields whether that is sure: only disks lock."""
         if self.folder.local is None:
-            self.folder.write(self.path, data)
-            return False
+            yield False
+            return
         file = self.folder.local / self.path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return drafts.create(file, data)
+        with file.with_name(f".{file.name}.lock").open("w") as lock:
+            yield _flock(lock)
 
     def _record(self, beat: int) -> dict[str, Any]:
         pid, host = os.getpid(), socket.gethostname()
@@ -85,7 +89,7 @@ class Lease:
         beat = 0
         while not self._over.wait(self.beat):
             beat += 1
-            with suppress(OSError):  # the storage is away, or full: the next beat tries again
+            with suppress(OSError), self._locked():  # the storage is away, or full: the next beat tries again
                 if not holds(self.folder, self.token, self.path):
                     return  # taken over
                 self.folder.write_json(self.path, self._record(beat))
@@ -125,6 +129,20 @@ def require(folder: Folder, token: str, patience: float = 2 * BEAT) -> None:
         if time.monotonic() >= end:
             raise ConfigError(f"{folder}: {_named(_read(folder, FILE))} has taken this run over, and it ends here")
         time.sleep(1)
+
+
+def _flock(file: IO[str]) -> bool:
+    """Lock a file until it is closed, or its process is gone. Returns False where that cannot be."""
+    end = time.monotonic() + _LOCK
+    while time.monotonic() < end:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.02)
+        except OSError:
+            return False
+    return False
 
 
 def _read(folder: Folder, path: str) -> dict[str, Any] | None:
