@@ -414,7 +414,7 @@ def _train_here(run: Run) -> None:
     """`raydiff.fit` with a progress line; run.json, contents.json, metrics.jsonl, the adapter and the before/after grid."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from raydiff import local, watch
+    from raydiff import drafts, local, watch
     from raydiff.contents import FILE, Contents
     from raydiff.core.guard import METRICS
 
@@ -425,8 +425,9 @@ def _train_here(run: Run) -> None:
     folder = Path(run.storage) / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     _writable(folder)
     held = Contents.of(run)
-    (folder / FILE).write_text(held.dump())
-    (folder / "run.json").write_text(run.model_dump_json(indent=1))
+    for name, text in {FILE: held.dump(), "run.json": run.model_dump_json(indent=1)}.items():
+        with drafts.replacing(folder / name) as draft:
+            draft.write_text(text)
     rows: list[dict[str, float]] = []
     reward = 0.0
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raydiff import generate, pictures, statistics
+from raydiff import drafts, generate, pictures, statistics
 from raydiff.config import Run
 from raydiff.core.denoise import mix
 from raydiff.core.guard import diversity
@@ -89,7 +89,8 @@ class Report:
         ]
         measures = {name: asdict(m) for name, m in self.measures.items()}
         text = json.dumps({**self.about, "measures": measures, "pictures": each}, indent=1, ensure_ascii=False)
-        (folder / RESULT).write_text(text)
+        with drafts.replacing(folder / RESULT) as draft:
+            draft.write_text(text)
         if not shown:
             return [folder / RESULT]
         labels = "against" if self.about["against"] else "base", "adapter"

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from raydiff import __version__, pictures, sampling
+from raydiff import __version__, drafts, pictures, sampling
 from raydiff.config import Sampler
 from raydiff.contents import Contents, of_locations, of_parts
 from raydiff.core.policy import LatentModel
@@ -140,10 +140,12 @@ def write(
     written, index = [], []
     for i, sample in enumerate(drawn):
         name = file_name(i, sample)
-        (folder / name).write_bytes(png(sample, made_from))
+        with drafts.replacing(folder / name) as draft:
+            draft.write_bytes(png(sample, made_from))
         written.append(sample)
         index.append({"file": name, "prompt": sample.prompt, "seed": sample.seed})
-    (folder / "images.json").write_text(json.dumps({**made_from, "images": index}, indent=1, ensure_ascii=False))
+    with drafts.replacing(folder / "images.json") as draft:
+        draft.write_text(json.dumps({**made_from, "images": index}, indent=1, ensure_ascii=False))
     return pictures.save(_grid(written), folder / "grid.png")
 
 

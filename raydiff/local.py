@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from raydiff import watch
+from raydiff import drafts, watch
 from raydiff.config import Run
 from raydiff.contents import Contents
 from raydiff.core.learner import TorchEngine
@@ -63,8 +63,7 @@ def fit(
         rows.append({"step": done, **metrics})
         watch.require_learning(run, rows)
         if folder is not None and (best := watch.improved(run, rows)):
-            export(session, best_folder(folder))
-            best.write(best_folder(folder))
+            export(session, best_folder(folder), best)
         reason = watch.stopped(run, rows)
         yield rows[-1]
         if reason:
@@ -73,10 +72,13 @@ def fit(
         export(session, folder)
 
 
-def export(session: Session, folder: str | Path) -> None:
-    """Write the weights that are evaluated."""
-    with session.averaged():
-        session.model.export(folder, session.model.trained())
+def export(session: Session, folder: str | Path, best: watch.Best | None = None) -> None:
+    """Write the weights that are evaluated, best.json beside them: whole, in place of those that were there."""
+    with drafts.replacing_folder(Path(folder), watch.BEST) as draft:
+        with session.averaged():
+            session.model.export(draft, session.model.trained())
+        if best:
+            best.write(draft)
 
 
 def best_folder(folder: str | Path) -> Path:

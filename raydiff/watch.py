@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from raydiff import drafts
 from raydiff.config import ConfigError, Run, Threshold
 from raydiff.core.guard import METRICS
 
@@ -32,7 +33,8 @@ class Best:
 
     def write(self, folder: str | Path) -> None:
         """best.json, beside the weights."""
-        (Path(folder) / BEST).write_text(json.dumps(asdict(self), indent=1))
+        with drafts.replacing(Path(folder) / BEST) as draft:
+            draft.write_text(json.dumps(asdict(self), indent=1))
 
 
 def best(run: Run, rows: Sequence[Row]) -> Best | None:

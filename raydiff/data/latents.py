@@ -5,12 +5,13 @@ they name, the encoder's weights and the size:
 
     rows-000000000000-000000000256.f32    (n,2,F,2,C,h,w) fp32: of each usable pair both sides, as it is and, with `pairs.flip`,
                                           mirrored, mean and std
-    rows-000000000000-000000000256.json   which rows those are, their prompts and labels, and the bad rows; written last
-    index.parquet                         all usable pairs, in order; the cache is whole when it is there
+    rows-000000000000-000000000256.json   which rows those are, their prompts, labels, digests, and the bad rows; written last
+    index.parquet                         all usable pairs, in order, with the SHA-256 of each one's record
+    index.json                            that file's SHA-256; the cache is whole when it is there
     bad_rows.jsonl                        file, row and reason of what is not in it
 
 A record is read from its place in its file: no process ever holds more than its micro-batch, or maps the files, whose pages
-would count as its own.
+would count as its own. It is compared with its digest at each read: what has changed on the disk reaches no weight.
 
 Prompt embeddings are not cached. Of a pair's update on SD 1.5 (two forward and two backward passes of the policy, two forward
 passes of the reference: 6400 GFLOP) the text encoder's four passes are 53, or 0.8 %, and 77·768 numbers a prompt would make the
@@ -35,6 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raydiff import drafts, sealed
 from raydiff.config import Pairs
 from raydiff.core.denoise import mix
 from raydiff.core.policy import LatentModel
@@ -43,7 +45,7 @@ from raydiff.data.pieces import BadRow, PairsError
 from raydiff.data.preferences import Pair
 from raydiff.rewards._images import centre_crop, resized  # the one resize and crop of this package
 
-_INDEX = "index.parquet"
+_INDEX, _WHOLE, _FORMAT = "index.parquet", "index.json", 2
 _POSTERIOR, _FLIP = 0x905, 0xF11  # keep what is drawn here apart from a loss's draws
 _ROWS = 256  # of a piece, less where row groups are larger
 
@@ -75,6 +77,7 @@ class Cache:
         self.shape = (2, 1 + pairs.flip, 2, *model.latent_shape)
         about = {
             "what is read": self._source(),
+            "format": _FORMAT,
             "decoder": pictures.VERSION,
             "outside": pairs.outside,
             "encoder": model.encoder_digest(),
@@ -91,29 +94,36 @@ class Cache:
         return [pieces.listing(self.files), preferences.pictures_digest(self.files)]
 
     def missing(self) -> list[Piece]:
-        """The pieces that are not finished; [] when the cache is whole."""
-        if (self.folder / _INDEX).is_file():
+        """The pieces that are not finished; [] when the cache is whole, or needs no more than `finish`."""
+        if self.whole():
             return []
-        return [piece for piece in self.pieces if not self._side(piece).is_file()]
+        return [piece for piece in self.pieces if self._kept(piece) is None]
+
+    def whole(self) -> bool:
+        return (self.folder / _WHOLE).is_file()
 
     def make(self, piece: Piece) -> list[BadRow]:
         """Encode a piece. Returns the rows that it leaves out."""
         self.folder.mkdir(parents=True, exist_ok=True)
         bad: list[BadRow] = []
         kept: dict[str, list[Any]] = {"row": [], "prompt": [], "label": []}
-        with pieces.replacing(self._data(piece)) as draft, draft.open("wb") as out:
+        digests: list[str] = []
+        with drafts.replacing(self._data(piece)) as draft, draft.open("wb") as out:
             for chunk in _ahead(self._chunks(piece, bad)):
-                out.write(self._records(torch.stack([image for _, sides in chunk for image in sides])).tobytes())
+                for record in self._records(torch.stack([image for _, sides in chunk for image in sides])):
+                    data = record.tobytes()
+                    out.write(data)
+                    digests.append(hashlib.sha256(data).hexdigest())
                 for pair, _ in chunk:
                     for name, values in kept.items():
                         values.append(getattr(pair, name))
-        with pieces.replacing(self._side(piece)) as draft:
-            draft.write_text(json.dumps(kept | {"bad": [asdict(row) for row in bad]}))
+        with drafts.replacing(self._side(piece)) as draft:
+            draft.write_bytes(sealed.dump(kept | {"digest": digests, "bad": [asdict(row) for row in bad]}))
         return bad
 
     def bad(self) -> list[BadRow]:
         """Of the finished pieces."""
-        found = (json.loads(self._side(piece).read_text())["bad"] for piece in self.pieces if self._side(piece).is_file())
+        found = (kept["bad"] for piece in self.pieces if (kept := self._kept(piece)) is not None)
         return [BadRow(**row) for row in chain.from_iterable(found)]
 
     def within(self, bad: Sequence[BadRow]) -> None:
@@ -130,13 +140,15 @@ class Cache:
             raise PairsError(f"pairs.path = {self.pairs.path!r}: files of it changed while they were encoded; start again")
         tables = []
         for n, piece in enumerate(self.pieces):
-            kept = json.loads(self._side(piece).read_text())
+            if (kept := self._kept(piece)) is None:
+                raise PairsError(f"pairs.cache: {self._side(piece)} has changed since it was written; start again")
             rows = len(kept["row"])
             columns = {
                 "piece": pa.array([n] * rows, pa.int32()),
                 "place": pa.array(range(rows), pa.int32()),
                 "label": pa.array(kept["label"], pa.float64()),
                 "prompt": pa.array(kept["prompt"], pa.string()),
+                "digest": pa.array(map(bytes.fromhex, kept["digest"]), pa.binary(32)),
             }
             tables.append(pa.table(columns))
         whole = pa.concat_tables(tables)
@@ -144,8 +156,11 @@ class Cache:
             raise PairsError(
                 f"pairs.path = {self.pairs.path!r}: no pair can be used; {self.folder / 'bad_rows.jsonl'} says why"
             )
-        with pieces.replacing(self.folder / _INDEX) as draft:
+        with drafts.replacing(self.folder / _INDEX) as draft:
             pq.write_table(whole, draft)
+            digest = pieces.sha256(draft)
+        with drafts.replacing(self.folder / _WHOLE) as draft:
+            draft.write_bytes(sealed.dump({_INDEX: digest}))
 
     def open(self) -> Latents:
         return Latents(self.folder, [self._data(piece) for piece in self.pieces], self.shape)
@@ -155,6 +170,13 @@ class Cache:
 
     def _side(self, piece: Piece) -> Path:
         return self.folder / f"{piece.name}.json"
+
+    def _kept(self, piece: Piece) -> dict[str, Any] | None:
+        """What a piece's side file says; None when the piece is not finished, or that file has changed."""
+        try:
+            return sealed.load(self._side(piece).read_bytes())
+        except (FileNotFoundError, sealed.BrokenSeal):
+            return None
 
     def _chunks(self, piece: Piece, bad: list[BadRow]) -> Iterator[list[tuple[Pair, tuple[Tensor, Tensor]]]]:
         """Usable pairs with their fitted pictures, (3,H,W) each; what is not usable goes to `bad`."""
@@ -189,15 +211,18 @@ class Latents:
     """A whole cache, read record by record."""
 
     def __init__(self, folder: Path, data: Sequence[Path], shape: Sequence[int]) -> None:
-        """Raises PairsError when the cache is not there, or not whole."""
+        """Raises PairsError when the cache is not there, not whole, or its index has changed since it was written."""
         import pyarrow.parquet as pq
 
-        if not (folder / _INDEX).is_file():
+        if not (folder / _WHOLE).is_file():
             raise PairsError(f"pairs.cache: {folder} has no {_INDEX} here; give a folder on a disk that every worker sees")
-        index = pq.read_table(folder / _INDEX)
         self.folder = folder
+        if not _unchanged(folder):
+            raise self._changed(folder / _INDEX)
+        index = pq.read_table(folder / _INDEX)
         self.data, self.shape, self.size = data, tuple(shape), 4 * int(np.prod(shape))  # bytes of a record
         self.prompts = index["prompt"].combine_chunks()  # stays Arrow's: a million Python strings would weigh 100 MB
+        self.digests = index["digest"].combine_chunks()
         self.labels, self.piece, self.place = (index[name].to_numpy() for name in ("label", "piece", "place"))
 
     def __len__(self) -> int:
@@ -216,7 +241,14 @@ class Latents:
             read = file.read(self.size)
         if len(read) < self.size:
             raise PairsError(f"pairs.cache: {self.data[self.piece[row]]} is cut short; delete its folder, and it is made anew")
+        if hashlib.sha256(read).digest() != self.digests[row].as_py():
+            raise self._changed(self.data[self.piece[row]])
         return torch.from_numpy(np.frombuffer(bytearray(read), np.float32).reshape(self.shape))
+
+    def _changed(self, file: Path) -> PairsError:
+        return PairsError(
+            f"pairs.cache: {file} holds something else than was encoded; delete {self.folder}, and it is made anew"
+        )
 
     def _draw(self, record: Tensor, first: int, second: int) -> Tensor:
         """(2,C,h,w) of (2,F,2,C,h,w)."""
@@ -261,6 +293,8 @@ def prepare(
             cache.within(bad)
 
     cache = Cache(pairs, model, batch)
+    if rank == 0:
+        drafts.clear(cache.folder)
     missing = gather(cache.missing())[0]
     bad = cache.bad() if missing else []
     for start in range(0, len(missing), workers):
@@ -268,7 +302,7 @@ def prepare(
         mine = missing[start + rank : start + rank + 1]
         bad += chain.from_iterable(agreed(partial(made, mine)))
         agreed(partial(counted, bad))
-    agreed(lambda: cache.finish() if rank == 0 and missing else None)
+    agreed(lambda: cache.finish() if rank == 0 and not cache.whole() else None)
     return cache.open()
 
 
@@ -288,6 +322,14 @@ def fitted(image: Any, side: int, enlarge: bool) -> Tensor:
     if size != (height, width):
         pixels = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
     return centre_crop(pixels, (side, side))[0]
+
+
+def _unchanged(folder: Path) -> bool:
+    """Whether a whole cache's index is the one that was written."""
+    try:
+        return bool(sealed.load((folder / _WHOLE).read_bytes())[_INDEX] == pieces.sha256(folder / _INDEX))
+    except (FileNotFoundError, sealed.BrokenSeal):
+        return False
 
 
 def _pieces(there: preferences.Overview) -> Iterator[Piece]:

@@ -9,16 +9,16 @@ Readers of Parquet folders leave out names with "_" in front.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raydiff import __version__
+from raydiff import __version__, drafts
+from raydiff.drafts import replacing
 
 _HIDDEN, _LEFT_OUT = "_raydiff", b"raydiff.left_out"
 
@@ -84,7 +84,11 @@ def write(
     folder = Path(to)
     _check_own(folder, made_from)
     (folder / _HIDDEN).mkdir(parents=True, exist_ok=True)
-    _publish(folder / _HIDDEN / "dataset.json", {"raydiff": __version__, "made_from": made_from})
+    about = json.dumps({"raydiff": __version__, "made_from": made_from}, indent=1).encode()
+    if not drafts.create(folder / _HIDDEN / "dataset.json", about):
+        _check_own(folder, made_from)  # another call may have begun it since
+    for place in (folder, folder / _HIDDEN):
+        drafts.clear(place)
     pairs, made, dropped, bad = 0, 0, Counter[str](), list[BadRow]()
     for start, stop in ranges:
         file = folder / f"rows-{start:012d}-{stop:012d}.parquet"
@@ -125,20 +129,10 @@ def listing(paths: Sequence[Path]) -> list[list[Any]]:
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 
-@contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `file` at the end, and is gone after a fault: the file is never seen half."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}.draft")
-    try:
-        yield draft
-        os.replace(draft, file)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def _publish(file: Path, value: Any) -> None:
-    with replacing(file) as draft:
-        draft.write_text(json.dumps(value, indent=1))
+def sha256(file: Path) -> str:
+    """Of a file's bytes, which are not held at once."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _check_own(folder: Path, made_from: Mapping[str, Any]) -> None:

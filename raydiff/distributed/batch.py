@@ -5,7 +5,8 @@ actors read and write for themselves, so nothing but them claims a resource, no 
 is redone (a killed actor, a lost node, a second call) can only write the same bytes under the same name.
 
     rows-000000000000-000000000256.parquet   256 input rows' worth, less those that could not be used
-    _raydiff/dataset.json                    what the dataset was made from: a second call must say the same
+    _raydiff/dataset.json                    what the dataset was made from, written first: a second call must say the same
+    _raydiff/lease.json                      which call works on it now: a second one must wait
     _raydiff/bad_rows.jsonl                  file, row and reason of each input row that was left out
 
 Readers of Parquet folders leave out names with "_" in front.
@@ -18,20 +19,22 @@ import logging
 import time
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
 from raydiff import __version__, placement
 from raydiff.config import ConfigError, Pool
-from raydiff.distributed import cluster
+from raydiff.distributed import cluster, lease
+from raydiff.distributed.lease import Lease
 from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.storage import Folder
 from raydiff.plan.clusters import cluster_nodes
 
 HIDDEN = "_raydiff"
-ABOUT, BAD_ROWS = f"{HIDDEN}/dataset.json", f"{HIDDEN}/bad_rows.jsonl"
+ABOUT, BAD_ROWS, LEASE = f"{HIDDEN}/dataset.json", f"{HIDDEN}/bad_rows.jsonl", f"{HIDDEN}/{lease.FILE}"
 CONTENTS = "contents"  # of `made_from`: digests of the files behind fields
 _RETRIES = 2  # of a ticket whose worker raised or died
 _EVERY = 10.0  # seconds between lines where there is no terminal
@@ -77,8 +80,8 @@ class Output:
     def write(self, start: int, stop: int, data: bytes, bad: Sequence[BadRow]) -> None:
         """Finish a range. Its bad rows go first: where the range's file is, they are."""
         if bad:
-            self.folder.publish(self.bad_path(start, stop), _lines(asdict(row) for row in bad))
-        self.folder.publish(self.path(start, stop), data)
+            self.folder.write(self.bad_path(start, stop), _lines(asdict(row) for row in bad))
+        self.folder.write(self.path(start, stop), data)
 
     def bad(self, start: int, stop: int) -> list[BadRow]:
         """The bad rows of a finished range."""
@@ -213,32 +216,63 @@ def check_same(output: Output, made_from: Mapping[str, Any]) -> None:
         )
 
 
-def run(job: Job) -> Summary:
+@contextmanager
+def claimed(output: Output, about: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, this call alone works on the dataset, whose own file says what it is `made_from`, before anything else is there.
+
+    Raises ConfigError, naming the other, while another call works on it, and as `check_same` does.
+    """
+    check_same(output, about["made_from"])
+    with Lease(output.folder, LEASE) as mine:
+        mine.take()
+        check_same(output, about["made_from"])  # another may have begun it since
+        if output.folder.size(ABOUT) is None:
+            output.folder.write_json(ABOUT, about)
+        yield
+
+
+def run(job: Job, begin: Callable[[], None] = lambda: None) -> Summary:
     """Make what is missing of a dataset on a Ray cluster: the one connected, that RAY_ADDRESS names, or a local one.
 
-    Raises ConfigError, before any actor starts, when the pool has no room or the folder was made from other settings;
-    BatchError when more rows than `max_bad_rows` are bad or a ticket fails again and again.
+    `begin` writes what the workers need beside the dataset's own file. Raises ConfigError, before any actor starts, when the
+    pool has no room, the folder was made from other settings, or another call works on it; BatchError when more rows than
+    `max_bad_rows` are bad or a ticket fails again and again.
     """
     output, folder = job.output, job.output.folder
     check_same(output, job.made_from)
     folder.check_writable()
-    folder.clear_drafts(output.index)
+    claim = None
+    if missing := _missing(job):
+        with Progress(0) as progress:
+            progress.waiting("starting Ray")
+            claim = _room(job, len(missing))
+    with claimed(output, {"what": job.what, "raydiff": __version__, "rows": job.rows, "made_from": job.made_from}):
+        begin()
+        for part in ("", HIDDEN, f"{HIDDEN}/bad"):
+            folder.clear_drafts(part)
+        return _made(job, claim)
+
+
+def _missing(job: Job) -> list[int]:
+    """Which tickets have a file that is not there."""
+    there = set(job.output.folder.files(job.output.index))
+    return [i for i, t in enumerate(job.tickets) if any(job.output.name(*r) not in there for r in job.ranges(t))]
+
+
+def _made(job: Job, claim: placement.Claim | None) -> Summary:
+    """Make what is missing of a dataset that is claimed. `claim`: of the pool, None when nothing was missing."""
+    output, folder = job.output, job.output.folder
     there = set(folder.files(output.index))
+    missing = _missing(job)
     ranges = [job.ranges(ticket) for ticket in job.tickets]
-    missing = [i for i, files in enumerate(ranges) if any(output.name(*r) not in there for r in files)]
     every, tickets = [r for files in ranges for r in files], [job.tickets[i] for i in missing]
     start, seconds = time.monotonic(), 0.0
     with Progress(0) as progress:
-        if missing:
-            progress.waiting("starting Ray")
-            claim = _room(job, len(missing))
-            about = {"what": job.what, "raydiff": __version__, "rows": job.rows, "made_from": job.made_from}
-            folder.publish(ABOUT, json.dumps(about, indent=1).encode())
         try:
             bad = len(_bad(output, [r for i in set(range(len(ranges))) - set(missing) for r in ranges[i]]))
             _within(bad, job)
             if missing:
-                _follow(job, claim, tickets, bad, progress)
+                _follow(job, claim or _room(job, len(missing)), tickets, bad, progress)
                 seconds = time.monotonic() - start
         except KeyboardInterrupt:
             progress.say(f"stopped; the same command goes on with {folder}")
@@ -246,7 +280,7 @@ def run(job: Job) -> Summary:
         finally:
             found = _bad(output, every)
             if found:
-                folder.publish(BAD_ROWS, _lines(asdict(row) for row in found))
+                folder.write(BAD_ROWS, _lines(asdict(row) for row in found))
         made = sum(output.name(*r) not in there for r in every)
         summary = Summary(folder.uri, job.rows, len(found), len(every), made, seconds)
         rate = f"; {duration(seconds)}, {_rows(tickets) / seconds:.2f} rows/s" if missing else "; nothing was missing"

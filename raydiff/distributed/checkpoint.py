@@ -2,24 +2,31 @@
 
 `checkpoint_000020/` holds parameters, exp_avg, exp_avg_sq and, where there are any, ema and the best weights so far (which the
 history tells the step and value of) as safetensors, and
-`checkpoint.json`, written last with the sizes of the others: without it, or with a file of another size, the checkpoint does
-not exist. So a kill or a full disk while one is written leaves the one before it. Ray's own index of checkpoints is rewritten
-in place, and a full disk destroys it; a run does not use it.
+`checkpoint.json`, written last with size and SHA-256 of the others, and its own: without it, or with a file of another size or
+content, the checkpoint does not exist. So a kill or a full disk while one is written, and a byte that changes later, leave the
+one before it. Ray's own index of checkpoints is rewritten in place, and a full disk destroys it; a run does not use it.
 
-Adam's step, the scheduler's and the moving average's are all the number of updates done. Samples follow from run, update and
-slot, so there is no state of a random generator.
+The scheduler's and the moving average's step is the number of updates done, times the optimiser steps of one for the scheduler.
+Adam's is the number of optimiser steps less those that loss scaling skipped, which `state` counts (`Session.state`). Samples
+follow from run, update and slot, so there is no state of a random generator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from raydiff import sealed
 from raydiff.config import ConfigError, Run, flat
 from raydiff.contents import within
 from raydiff.core.policy import Calls
@@ -53,7 +60,11 @@ MAY_CHANGE = (
 train.updates, which a linear or cosine learning-rate schedule depends on. evaluate.best stays: the weights that another metric
 would have kept are gone."""
 
-_INDEX, _FORMAT = "checkpoint.json", 2
+_INDEX, _FORMAT = "checkpoint.json", 3
+
+
+class Unusable(ValueError):
+    """A checkpoint that is incomplete, or holds something else than was written; says what."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,7 @@ class Checkpoint:
     seconds: float
     history: list[dict[str, float]]  # the metrics of every update so far
     state: Mapping[str, Any]  # Session.state()
+    digests: Mapping[str, str]  # SHA-256 of each file of tensors, when it was written
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
         """kind: parameters, exp_avg, exp_avg_sq, ema or best. Raises FileNotFoundError."""
@@ -86,35 +98,46 @@ def save(
 ) -> None:
     """Write one checkpoint, then delete all but the newest `train.keep_checkpoints`. `tensors` yields (kind, {name: tensor}).
 
-    Raises StorageError; what was there before is then still there.
+    Raises StorageError, and FloatingPointError for a tensor that is not finite; what was there before is then still there.
     """
-    place = folder / _name(next_step)
-    folder.delete(_name(next_step))  # an incomplete one
+    mine = _name(next_step)
+    place = folder / mine
+    folder.delete(mine)  # an incomplete one
     try:
-        sizes = {}
+        files = {}
         for kind, group in tensors:
+            _require_finite(kind, group)
             data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in group.items()})
             place.write(f"{kind}.safetensors", data)
-            sizes[f"{kind}.safetensors"] = len(data)
-        place.write_json(
-            _INDEX,
-            {
-                "format": _FORMAT, "next_step": next_step, "seconds": seconds, "calls": vars(calls), "files": sizes,
-                "run": run.model_dump(mode="json"), "history": history, "state": state or {},
-            },
-        )  # fmt: skip
-    except OSError:
-        folder.delete(_name(next_step))  # the room that it took is needed
+            files[f"{kind}.safetensors"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        index = {
+            "format": _FORMAT, "next_step": next_step, "seconds": seconds, "calls": vars(calls), "files": files,
+            "run": run.model_dump(mode="json"), "history": history, "state": state or {},
+        }  # fmt: skip
+        place.write(_INDEX, sealed.dump(index, indent=1))
+    except (OSError, FloatingPointError):
+        folder.delete(mine)  # the room that it took is needed
         raise
-    complete = [name for name in _names(folder) if read(folder / name)]
+    # Of a later step is only what was passed over when this run was resumed
+    complete = [name for name in _names(folder) if _step(name) <= next_step and read(folder / name)]
     for name in _names(folder):
         if name not in complete[-run.train.keep_checkpoints :]:
             folder.delete(name)
 
 
-def latest(folder: Folder) -> Checkpoint | None:
-    """The newest complete checkpoint of a run's folder."""
-    return next((found for name in reversed(_names(folder)) if (found := read(folder / name))), None)
+def latest(folder: Folder, told: Callable[[str], object] = warnings.warn) -> Checkpoint | None:
+    """The newest checkpoint of a run's folder whose files all hold what was written, which takes reading them.
+
+    `told` hears which newer ones are passed over, and why. Raises ConfigError for one that another version of raydiff wrote.
+    """
+    for name in reversed(_names(folder)):
+        try:
+            found = _opened(folder / name)
+            _verify(found)
+            return found
+        except Unusable as error:
+            told(f"{folder / name} is passed over: {error}")
+    return None
 
 
 def check_same_run(saved: Mapping[str, Any], run: Run) -> None:
@@ -143,18 +166,67 @@ def _name(step: int) -> str:
     return f"checkpoint_{step:06d}"
 
 
+def _step(name: str) -> int:
+    return int(name.removeprefix("checkpoint_"))
+
+
 def _names(folder: Folder) -> list[str]:
-    return [name for name in folder.folders() if name.startswith("checkpoint_")]
+    """Of checkpoints, complete or not, in the order of their steps."""
+    return sorted((name for name in folder.folders() if re.fullmatch(r"checkpoint_\d+", name)), key=_step)
+
+
+def _require_finite(kind: str, group: Mapping[str, Tensor]) -> None:
+    for name, tensor in group.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise FloatingPointError(f"no checkpoint is written: {kind} of {name} is not finite; the ones before it stay")
 
 
 def read(folder: Folder) -> Checkpoint | None:
-    """The checkpoint in a folder, None when it is not complete."""
+    """The checkpoint in a folder, None when it is not complete. Its tensors' files are known by their sizes alone."""
     try:
-        index = folder.read_json(_INDEX)
-    except (FileNotFoundError, ValueError):
+        return _opened(folder)
+    except Unusable:
         return None
-    if any(folder.size(file) != size for file, size in index["files"].items()):
-        return None
+
+
+def _opened(folder: Folder) -> Checkpoint:
+    """Raises Unusable; ConfigError for a checkpoint of another format."""
+    try:
+        text = folder.read(_INDEX)
+    except FileNotFoundError:
+        raise Unusable(f"{_INDEX}, which is written last, is missing") from None
+    try:
+        index = sealed.load(text)
+    except sealed.BrokenSeal as error:
+        if (other := _older(text)) is not None:
+            raise ConfigError(
+                f"{folder}: this checkpoint has format {other}, and this raydiff reads {_FORMAT}; go on with the raydiff that"
+                " wrote it, or start a fresh run"
+            ) from None
+        raise Unusable(f"{_INDEX} {error}") from None
+    if index["format"] != _FORMAT:
+        raise ConfigError(f"{folder}: this checkpoint has format {index['format']}, and this raydiff reads {_FORMAT}")
+    for file, about in index["files"].items():
+        if (size := folder.size(file)) != about["size"]:
+            there = "is missing" if size is None else f"has {size} bytes"
+            raise Unusable(f"{file} {there}, and {about['size']} were written")
     return Checkpoint(
-        folder, index["next_step"], index["run"], Calls(**index["calls"]), index["seconds"], index["history"], index["state"]
+        folder, index["next_step"], index["run"], Calls(**index["calls"]), index["seconds"], index["history"], index["state"],
+        {file: about["sha256"] for file, about in index["files"].items()},
     )  # fmt: skip
+
+
+def _older(text: bytes) -> int | None:
+    """The format of an index from before it had a digest."""
+    try:
+        found = json.loads(text)["format"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return found if found in range(1, _FORMAT) and "sha256" not in json.loads(text) else None
+
+
+def _verify(checkpoint: Checkpoint) -> None:
+    """Raise Unusable for a file that holds something else than was written."""
+    for file, digest in checkpoint.digests.items():
+        if checkpoint.folder.sha256(file) != digest:
+            raise Unusable(f"{file} holds something else than was written: its SHA-256 is not {digest[:12]}…")

@@ -36,6 +36,7 @@ def encode(run: Run) -> Latents:
         except BatchError:
             cache.within(cache.bad())  # says it by the rows, where that is why
             raise
+    if not cache.whole():
         cache.finish()
     return cache.open()
 

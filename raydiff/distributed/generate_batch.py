@@ -76,8 +76,13 @@ def generate(
     origin = drawing.origin(model.name, sampler, adapters)
     recipe = Recipe(model, sampler, tuple(adapters), tuple(seeds), batch_size, origin, drawing.model_digest(model))
     per_file = max(1, rows_per_file // len(seeds))
-    source = prompt_files.stream(prompts_file, "--prompts-file", split, "--split") if prompts_file else ()
-    count, digest = _copy(chain(prompts, chain.from_iterable(source)), output, per_file)
+
+    def every_prompt() -> Iterator[str | None]:
+        source = prompt_files.stream(prompts_file, "--prompts-file", split, "--split") if prompts_file else ()
+        return chain(prompts, chain.from_iterable(source))
+
+    batch.check_own(output)
+    count, digest = _counted(every_prompt(), per_file)
     if not count:
         raise ConfigError(f"--prompts-file {prompts_file}: there is no prompt in it")
     made_from = {k: v for k, v in recipe.columns().items() if k != "raydiff"} | {
@@ -100,7 +105,7 @@ def generate(
         pool=pool or Pool(),
         max_bad_rows=max_bad_rows,
     )
-    summary = batch.run(job)
+    summary = batch.run(job, lambda: _copy(every_prompt(), output, per_file, digest))
     if png:
         _index(output, job, origin)
     return summary
@@ -145,32 +150,41 @@ class Drawer(Generator):
     def file(self, drawn: Iterable[tuple[int, Sample]]) -> bytes:
         def save(number: int, sample: Sample) -> dict[str, Any]:
             name = drawing.file_name(number, sample)
-            self.output.folder.publish(name, drawing.png(sample, self.recipe.origin))
+            self.output.folder.write(name, drawing.png(sample, self.recipe.origin))
             return {"file": name, "prompt": sample.prompt, "seed": sample.seed}
 
         work = [self.threads.submit(save, number, sample) for number, sample in drawn]
         return "".join(json.dumps(future.result(), ensure_ascii=False) + "\n" for future in work).encode()
 
 
-def _copy(prompts: Iterator[str | None], output: Output, per_file: int) -> tuple[int, str]:
-    """(how many, SHA-256) of the prompts. A dataset that is begun now gets them, a row group a file."""
+def _counted(prompts: Iterator[str | None], per_file: int) -> tuple[int, str]:
+    """(how many, SHA-256) of the prompts."""
+    count, digest = 0, hashlib.sha256()
+    while some := list(islice(prompts, per_file)):
+        digest.update(json.dumps(some).encode())
+        count += len(some)
+    return count, digest.hexdigest()
+
+
+def _copy(prompts: Iterator[str | None], output: Output, per_file: int, expected: str) -> None:
+    """Give a dataset its prompts, a row group a file, unless it has them. Raises ConfigError for others than were counted."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    begun, folder, count, digest = batch.check_own(output), output.folder, 0, hashlib.sha256()
-    schema = pa.schema([(images.PROMPT, pa.string())])
-    sink = pa.BufferOutputStream() if begun else folder.open(PROMPTS)
-    with sink, pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+    if output.folder.size(PROMPTS) is not None:
+        return
+    schema, digest = pa.schema([(images.PROMPT, pa.string())]), hashlib.sha256()
+    with output.folder.open(PROMPTS) as sink, pq.ParquetWriter(sink, schema, compression="zstd") as writer:
         while some := list(islice(prompts, per_file)):
             digest.update(json.dumps(some).encode())
-            count += len(some)
-            if not begun:
-                writer.write_table(pa.table([some], schema=schema), row_group_size=per_file)
-    return count, digest.hexdigest()
+            writer.write_table(pa.table([some], schema=schema), row_group_size=per_file)
+    if digest.hexdigest() != expected:
+        output.folder.remove(PROMPTS)
+        raise ConfigError("--prompts-file has changed since this call began; call again")
 
 
 def _index(output: Output, job: batch.Job, origin: dict[str, Any]) -> None:
     """images.json of a folder of PNGs, as `raydiff generate` without Ray writes it."""
     files = [output.path(*r) for ticket in job.tickets for r in job.ranges(ticket)]
     listed = [json.loads(line) for file in files for line in output.folder.read(file).splitlines()]
-    output.folder.publish("images.json", json.dumps({**origin, "images": listed}, indent=1, ensure_ascii=False).encode())
+    output.folder.write("images.json", json.dumps({**origin, "images": listed}, indent=1, ensure_ascii=False).encode())

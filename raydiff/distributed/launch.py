@@ -20,6 +20,7 @@ from raydiff import __version__, contents, placement
 from raydiff.config import ConfigError, Run, geometry, override
 from raydiff.contents import Contents
 from raydiff.distributed import checkpoint, cluster, learn, pipeline, score, tracking
+from raydiff.distributed.lease import Lease
 from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.ranks import Refused
 from raydiff.distributed.score import Group
@@ -56,21 +57,25 @@ def train(run: Run, *, resume: str | Path | None = None) -> Result:
     """Train on a Ray cluster: the one that is connected, that RAY_ADDRESS names, or a local one.
 
     `resume` is the name or the folder of a started run; it goes on after its newest checkpoint. Raises ConfigError before any
-    worker starts when the run cannot work here; NonFiniteReward, FloatingPointError or StorageError, without a retry, when it
-    cannot go on; KeyboardInterrupt after a last checkpoint on Ctrl-C.
+    worker starts when the run cannot work here, or another driver is at it; NonFiniteReward, FloatingPointError or
+    StorageError, without a retry, when it cannot go on; KeyboardInterrupt after a last checkpoint on Ctrl-C.
     """
     preflight(run)
     folder = _resumed(run, resume) if resume is not None else _fresh(run)
-    held = _held(run, folder)
-    with Progress(run.train.updates, pools=_pools(run)) as progress:
+    with Lease(folder) as mine, Progress(run.train.updates, pools=_pools(run)) as progress:
+        if resume is not None:  # a fresh run's name is its own: it leaves no folder when it cannot start
+            mine.take()
+            _resumed(run, resume)  # it may have been finished meanwhile
+        held = _held(run, folder)
         progress.say(f"{folder.name}: {geometry(run)}, {run.train.updates} updates, ZeRO-{run.train.zero_stage}")
         progress.waiting("starting Ray and MLflow")
         with ThreadPoolExecutor(1) as thread:
             experiment = thread.submit(tracking.prepare, run)
             use_gpu = connect(run)
+        mine.take()
         _begin(run, folder, held)
         tracker = tracking.start(run, experiment.result(), folder.name, folder)
-        outcome = _carried_out(run, folder, held, tracker, use_gpu, progress)
+        outcome = _carried_out(run, folder, mine, held, tracker, use_gpu, progress)
     if "refused" in outcome:
         raise Refused(*outcome["refused"]).error()
     if "stopped" in outcome:
@@ -100,22 +105,38 @@ def trial(run: Run, name: str, tags: Mapping[str, str], progress: Progress, star
     the run's files held when the sweep began, which all its trials share. Raises what `train` does.
     """
     folder = Folder(run.storage) / name
-    if folder.size(RUN) is not None:
-        checkpoint.check_same_run(folder.read_json(RUN), run)
-    held = _held(run, folder)
-    if started:
-        started.compare(held.digests)
-    _begin(run, folder, held)
-    tracker = tracking.start(run, tracking.prepare(run), name, folder, tags)
-    use_gpu = placement.claims(run, cluster_nodes())[0].gpus > 0
-    outcome = _carried_out(run, folder, held, tracker, use_gpu, progress)
+    with Lease(folder) as mine:
+        mine.take()
+        if (before := recorded_run(folder)) is not None:
+            checkpoint.check_same_run(before, run)
+        held = _held(run, folder)
+        if started:
+            started.compare(held.digests)
+        _begin(run, folder, held)
+        tracker = tracking.start(run, tracking.prepare(run), name, folder, tags)
+        use_gpu = placement.claims(run, cluster_nodes())[0].gpus > 0
+        outcome = _carried_out(run, folder, mine, held, tracker, use_gpu, progress)
     if "refused" in outcome:
         raise Refused(*outcome["refused"]).error()
 
 
+def recorded_run(folder: Folder) -> Mapping[str, Any] | None:
+    """The JSON of a started run: of RUN, and when that is missing or broken of the newest checkpoint, which holds it too."""
+    found = folder.json_or_none(RUN)
+    try:
+        Run.model_validate(found)
+    except ValueError:
+        newest = checkpoint.latest(folder)
+        return found if newest is None else newest.run
+    return dict(found)
+
+
 def recorded(folder: Folder) -> Contents | None:
-    """What the files of a started run, or sweep, held; None when that was not written down."""
-    return None if folder.size(contents.FILE) is None else Contents.load(folder.read(contents.FILE))
+    """What the files of a started run, or sweep, held; None when that was not written down, or is broken."""
+    try:
+        return Contents.load(folder.read(contents.FILE))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def same_contents(before: Contents | None, now: Contents, folder: Folder, may_change: Sequence[str] = ()) -> Contents:
@@ -133,7 +154,7 @@ def _held(run: Run, folder: Folder) -> Contents:
     """What the run's files hold. Raises ConfigError when a run that was started had others."""
     before = recorded(folder)  # first: what it has read need not be read again
     now = Contents.of(run)
-    return now if folder.size(RUN) is None else same_contents(before, now, folder, checkpoint.MAY_CHANGE)
+    return now if recorded_run(folder) is None else same_contents(before, now, folder, checkpoint.MAY_CHANGE)
 
 
 def _begin(run: Run, folder: Folder, held: Contents) -> None:
@@ -143,7 +164,7 @@ def _begin(run: Run, folder: Folder, held: Contents) -> None:
 
 
 def _carried_out(
-    run: Run, folder: Folder, held: Contents, tracker: Tracker, use_gpu: bool, progress: Progress
+    run: Run, folder: Folder, mine: Lease, held: Contents, tracker: Tracker, use_gpu: bool, progress: Progress
 ) -> dict[str, Any]:
     """Start pools and workers, and follow them to the end: what `learn.work` returned."""
     if short := _not_free(run):
@@ -160,7 +181,7 @@ def _carried_out(
             folder.write(contents.FILE, held.dump().encode())
         progress.waiting("starting workers")
         with _interruptible():
-            outcome = _trained(run, folder, held, board, use_gpu, store, rewards, progress)
+            outcome = _trained(run, folder, mine, held, board, use_gpu, store, rewards, progress)
         status = "FINISHED" if "finished" in outcome else "KILLED" if "stopped" in outcome else "FAILED"
         said = tags(outcome.get("finished", {}))
     except KeyboardInterrupt:
@@ -218,14 +239,12 @@ def _resumed(run: Run, resume: str | Path) -> Folder:
     """The folder of a started run, checked: it exists, is not finished, and was started with this config."""
     text = str(resume)
     folder = Folder(text, PATIENCE) if "/" in text else Folder(run.storage, PATIENCE) / text
-    if folder.size(RUN) is None:
+    if (before := recorded_run(folder)) is None:
         names = [name for name in Folder(run.storage).folders() if (Folder(run.storage) / name).size(RUN) is not None]
         there = f"; there are {', '.join(names[-5:])}" if names else ""
         raise ConfigError(f"resume = {text!r}: no run was started in {folder}{there}")
-    before = folder.read_json(RUN)
     checkpoint.check_same_run(before, run)
-    if folder.size(learn.FINISHED) is not None:
-        finished = folder.read_json(learn.FINISHED)
+    if (finished := folder.json_or_none(learn.FINISHED)) is not None:
         stopped = finished["stopped_by"] if run.train.stop_when == Run.model_validate(before).train.stop_when else None
         if finished["updates"] >= run.train.updates or stopped:
             way_out = f"It was stopped by {stopped}; another train.stop_when" if stopped else "A larger train.updates"
@@ -262,6 +281,7 @@ def _store(run: Run, folder: Folder) -> Any:
 def _trained(
     run: Run,
     folder: Folder,
+    mine: Lease,
     held: Contents,
     board: Any,
     use_gpu: bool,
@@ -274,7 +294,7 @@ def _trained(
 
     while True:
         try:
-            return _follow(run, _fit(run, folder, held, board, use_gpu, store, rewards), board, progress, store)
+            return _follow(run, _fit(run, folder, mine, held, board, use_gpu, store, rewards), board, progress, store)
         except ControllerError:
             if (fewer := with_fewer_trainers(run, cluster_nodes())) is None:
                 raise
@@ -293,7 +313,7 @@ def with_fewer_trainers(run: Run, nodes: Sequence[placement.Node]) -> Run | None
 
 
 def _fit(
-    run: Run, folder: Folder, held: Contents, board: Any, use_gpu: bool, store: Any, rewards: list[Group]
+    run: Run, folder: Folder, mine: Lease, held: Contents, board: Any, use_gpu: bool, store: Any, rewards: list[Group]
 ) -> Future[dict[str, Any]]:
     """Start the workers in a thread: in the main one Ray would answer Ctrl-C by killing them."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -309,6 +329,7 @@ def _fit(
             "run": run.model_dump_json(),
             "timeout": run.train.timeout,
             "folder": folder.uri,
+            "lease": mine.token,
             "contents": held.dump(),
             "board": board,
             "store": store,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from statistics import mean
 from typing import Any
 
@@ -19,7 +19,7 @@ from raydiff import contents, pictures, watch
 from raydiff.config import ConfigError, Run
 from raydiff.contents import Contents
 from raydiff.core.policy import Calls
-from raydiff.distributed import checkpoint, score
+from raydiff.distributed import checkpoint, lease, score
 from raydiff.distributed.checkpoint import Checkpoint
 from raydiff.distributed.engine import ZeroEngine
 from raydiff.distributed.meter import Meter
@@ -37,7 +37,8 @@ FINISHED = "finished.json"
 
 
 def work(config: dict[str, Any]) -> dict[str, Any]:
-    """What Ray Train calls on every worker. `config`: run (JSON), timeout, folder, contents, board; store and rewards of pools.
+    """What Ray Train calls on every worker. `config`: run (JSON), timeout, folder, the lease's token, contents, board; store
+    and rewards of pools.
 
     Returns {"finished": {...}}, {"stopped": update} after a stop that the driver asked for, or {"refused": (kind, message)}.
     An exception instead would mean a lost worker to Ray, which starts all of them again.
@@ -54,7 +55,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         groups, store = config["rewards"], config["store"]
         rewards = score.client(run, groups, store, ranks.rank, ranks.size) if groups else None
         held, folder = Contents.load(config["contents"]), Folder(config["folder"], PATIENCE)
-        return Worker(run, device, ranks, folder, held, config["board"], store, rewards).train()
+        return Worker(run, device, ranks, folder, config["lease"], held, config["board"], store, rewards).train()
     except Refused as refusal:
         return {"refused": (refusal.kind, refusal.message)}
 
@@ -68,12 +69,13 @@ class Worker:
         device: torch.device,
         ranks: Ranks,
         folder: Folder,
+        token: str,
         held: Contents,
         board: Any,
         store: Any = None,
         rewards: RewardClient | None = None,
     ) -> None:
-        self.run, self.ranks, self.folder, self.board, self.store = run, ranks, folder, board, store
+        self.run, self.ranks, self.folder, self.token, self.board, self.store = run, ranks, folder, token, board, store
         self.history: list[dict[str, float]] = []  # the metrics of every update so far, over restarts
         self.next_step, self.seconds_before, self.start = 0, 0.0, time.perf_counter()
         self.evaluated: tuple[int, list[Picture]] = (-1, [])  # after how many updates, and its pictures
@@ -82,7 +84,9 @@ class Worker:
         found: Checkpoint | None = None
         with ranks.agreed():
             if ranks.rank == 0:
-                found = checkpoint.latest(folder)
+                for part in ("", PurePosixPath(GRID).parent.as_posix()):
+                    folder.clear_drafts(part)
+                found = checkpoint.latest(folder, board.tell.remote)
         place = ranks.gather(found.folder.uri if found else None)[0]  # rank 0 looked: all continue from the same one
         with ranks.agreed():
             try:
@@ -164,6 +168,7 @@ class Worker:
             row |= {"lr": lr, **self.cost()}
             if watch.due(self.run, done):
                 row |= summary(self.evaluate(done))
+            self.require_folder()
             self.report(row)
             with self.ranks.agreed():
                 watch.require_learning(self.run, self.history)
@@ -176,6 +181,12 @@ class Worker:
         if self.stream:
             self.stream.close()
         return {"finished": self.finish(reason)}
+
+    def require_folder(self) -> None:
+        """End the run when another driver has taken its folder over: one that was stopped, or cut off, finds out by this."""
+        with self.ranks.agreed():
+            if self.ranks.rank == 0:
+                lease.require(self.folder, self.token)
 
     def updated(self, step: int) -> dict[str, float]:
         """One update. A gradient that is refused is so on all workers, whose norm is one."""
@@ -231,6 +242,7 @@ class Worker:
         weights, result = self.averages(), self.result(reason, after)
         with self.ranks.agreed():
             if self.ranks.rank == 0:
+                self.folder.remove(FINISHED)  # of a run that is continued: it tells of the weights before
                 self.export(weights, ADAPTER)
                 self.export_best()
                 before = self.before()[: self.run.evaluate.grid]
@@ -245,7 +257,7 @@ class Worker:
             self.session.model.export(scratch, weights)
             if best:
                 best.write(scratch)
-            self.folder.upload(Path(scratch), name)
+            self.folder.upload(Path(scratch), name, watch.BEST)
             self.add([], [f"{name}/{f.relative_to(scratch).as_posix()}" for f in Path(scratch).rglob("*") if f.is_file()])
 
     def export_best(self) -> None:

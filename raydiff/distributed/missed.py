@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 
 from raydiff.config import ConfigError, Run
 from raydiff.distributed import checkpoint, learn, tracking
-from raydiff.distributed.launch import RUN, tags
+from raydiff.distributed.launch import RUN, recorded_run, tags
 from raydiff.distributed.storage import Folder
 from raydiff.distributed.tracking import Board, Tracker
 
@@ -17,9 +17,9 @@ def send(folder: str) -> Tracker:
     Raises ConfigError when no run is there, or MLflow still does not answer.
     """
     where = Folder(folder)
-    if where.size(RUN) is None:
+    if (ran := recorded_run(where)) is None:
         raise ConfigError(f"FOLDER = {folder!r}: holds no {RUN}; give the folder of a run, e.g. runs/NAME")
-    run, newest = Run.model_validate(where.read_json(RUN)), checkpoint.latest(where)
+    run, newest = Run.model_validate(ran), checkpoint.latest(where)
     tracker = tracking.start(run, tracking.prepare(run), where.name, where)
     board = Board(tracker, where.uri)
     shown = PurePosixPath(learn.GRID).parent.as_posix()
@@ -28,6 +28,6 @@ def send(folder: str) -> Tracker:
     board.add(newest.history if newest else [], files)
     if fault := board.flush():
         raise ConfigError(f"tracking.uri: {fault}")
-    ended = where.read_json(learn.FINISHED) if where.size(learn.FINISHED) is not None else None
+    ended = where.json_or_none(learn.FINISHED)
     tracker.finish("KILLED" if ended is None else "FINISHED", tags(ended or {}))
     return tracker

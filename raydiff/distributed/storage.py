@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path, PurePosixPath
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -16,6 +18,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from pyarrow import fs as pafs
 from tenacity import Retrying, before_sleep_log, retry_if_exception, stop_after_delay, wait_random_exponential
 
+from raydiff import drafts
 from raydiff.data.files import locate
 
 P = ParamSpec("P")
@@ -23,7 +26,7 @@ T = TypeVar("T")
 PATIENCE = 600.0  # seconds that a run waits for a storage that is away
 _log = logging.getLogger(__name__)
 
-DRAFT = ".draft"  # ending of files that are being written
+_PART = 2**22  # bytes read at once for a digest
 # Object stores show an object when it is whole; to move one would copy it.
 _ALL_AT_ONCE = tuple(
     getattr(pafs, name) for name in ("S3FileSystem", "GcsFileSystem", "AzureFileSystem") if hasattr(pafs, name)
@@ -97,41 +100,59 @@ class Folder:
         """The folder as a path of this machine's filesystem, if it is one."""
         return Path(self.root) if isinstance(self.fs, pafs.LocalFileSystem) else None
 
+    @contextmanager
+    def open(self, path: str) -> Iterator[Any]:
+        """A stream to write a file to. The file is never seen half: it is there when the block has ended without a fault."""
+        final = PurePosixPath(f"{self.root}/{path}")
+        written = final if isinstance(self.fs, _ALL_AT_ONCE) else final.with_name(drafts.name(final.name))
+        try:
+            self.fs.create_dir(str(final.parent), recursive=True)
+            with self.fs.open_output_stream(str(written)) as stream:
+                yield stream
+            if written != final:
+                self.fs.move(str(written), str(final))
+        except BaseException:
+            if written != final:
+                with suppress(OSError):
+                    self.fs.delete_file(str(written))
+            raise
+
     @_patiently
     def write(self, path: str, data: bytes) -> None:
-        """Raises StorageError when the disk is full or the folder cannot be written."""
-        target = f"{self.root}/{path}"
+        """Write a file that is never seen half, even by who dies over it.
+
+        Raises StorageError when the disk is full or the folder cannot be written; what was there is then still there.
+        """
         try:
-            self.fs.create_dir(str(PurePosixPath(target).parent), recursive=True)
-            with self.fs.open_output_stream(target) as stream:
+            with self.open(path) as stream:
                 stream.write(data)
-        except OSError as error:
-            raise self._failed(path, len(data), error) from error
-
-    def open(self, path: str) -> Any:
-        """A stream to write a large file to, in an existing folder or not."""
-        self.fs.create_dir(str(PurePosixPath(f"{self.root}/{path}").parent), recursive=True)
-        return self.fs.open_output_stream(f"{self.root}/{path}")
-
-    @_patiently
-    def publish(self, path: str, data: bytes) -> None:
-        """Write a file that is never seen half, even by who dies over it. Raises StorageError."""
-        if isinstance(self.fs, _ALL_AT_ONCE):
-            return self.write(path, data)
-        above, _, name = path.rpartition("/")
-        draft = f"{above}{'/' if above else ''}.{name}.{secrets.token_hex(4)}{DRAFT}"
-        self.write(draft, data)
-        try:
-            self.fs.move(f"{self.root}/{draft}", f"{self.root}/{path}")
         except OSError as error:
             raise self._failed(path, len(data), error) from error
 
     def write_json(self, path: str, value: Any) -> None:
         self.write(path, json.dumps(value, indent=1).encode())
 
-    def upload(self, folder: Path, path: str) -> None:
-        """Copy the files of a local folder to `path`. Raises StorageError."""
-        for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+    @_patiently
+    def upload(self, folder: Path, path: str, last: str = "") -> None:
+        """Make `path` hold the files of a local folder; `last`, where it is named, vouches for the others.
+
+        A local folder is replaced as a whole. Elsewhere each file is, and `last` is gone before them and comes after them.
+        Raises StorageError.
+        """
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        if self.local is not None:
+            try:
+                with drafts.replacing_folder(self.local / path, last) as draft:
+                    for file in files:
+                        copy = draft / file.relative_to(folder)
+                        copy.parent.mkdir(parents=True, exist_ok=True)
+                        shutil.copyfile(file, copy)
+            except OSError as error:
+                raise self._failed(path, sum(file.stat().st_size for file in files), error) from error
+            return
+        if last:
+            self.remove(f"{path}/{last}")
+        for file in sorted(files, key=lambda file: (file == folder / last, file)):
             self.write(f"{path}/{file.relative_to(folder).as_posix()}", file.read_bytes())
 
     @_patiently
@@ -142,6 +163,22 @@ class Folder:
 
     def read_json(self, path: str) -> Any:
         return json.loads(self.read(path))
+
+    def json_or_none(self, path: str) -> Any:
+        """What a JSON file says; None when there is none, or it is broken."""
+        try:
+            return self.read_json(path)
+        except (FileNotFoundError, ValueError):
+            return None
+
+    @_patiently
+    def sha256(self, path: str) -> str:
+        """Of a file's bytes, which are not held at once. Raises FileNotFoundError."""
+        with self.fs.open_input_stream(f"{self.root}/{path}") as stream:
+            digest = hashlib.sha256()
+            while part := stream.read(_PART):
+                digest.update(part)
+        return digest.hexdigest()
 
     @_patiently
     def size(self, path: str) -> int | None:
@@ -168,11 +205,20 @@ class Folder:
     def is_file(self) -> bool:
         return bool(self.fs.get_file_info(self.root).is_file)
 
+    @_patiently
     def clear_drafts(self, path: str = "") -> None:
-        """Delete what dead writers left right below `path`."""
-        for name in self.files(path):
-            if name.endswith(DRAFT):
-                self.fs.delete_file(f"{self.root}/{path}/{name}")
+        """Delete what writers that are gone left right below `path`."""
+        found = self.fs.get_file_info(pafs.FileSelector(f"{self.root}/{path}".rstrip("/"), allow_not_found=True))
+        for info in found:
+            if drafts.is_left(info.base_name, (info.mtime_ns or 0) / 1e9):
+                with suppress(FileNotFoundError):
+                    self.fs.delete_file(info.path) if info.is_file else self.fs.delete_dir(info.path)
+
+    @_patiently
+    def remove(self, path: str) -> None:
+        """Delete a file, if it is there."""
+        with suppress(FileNotFoundError):
+            self.fs.delete_file(f"{self.root}/{path}")
 
     @_patiently
     def delete(self, name: str) -> None:
@@ -182,11 +228,12 @@ class Folder:
 
     def check_writable(self) -> None:
         """Raises StorageError."""
-        self.write(".writable", b"?")
+        probe = f".writable_{secrets.token_hex(8)}"  # others may ask at the same moment
+        self.write(probe, b"?")
         try:
-            self.fs.delete_file(f"{self.root}/.writable")
+            self.fs.delete_file(f"{self.root}/{probe}")
         except OSError as error:
-            raise self._failed(".writable", 0, error) from error
+            raise self._failed(probe, 0, error) from error
 
     def _failed(self, path: str, size: int, error: OSError) -> StorageError:
         free = "; credentials come from the environment alone, see docs/clusters.md" if _REFUSED.search(str(error)) else ""

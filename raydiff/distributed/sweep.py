@@ -20,6 +20,7 @@ from raydiff import contents, placement
 from raydiff.config import ConfigError, Run, dump, override
 from raydiff.contents import Contents
 from raydiff.distributed import checkpoint, cluster, launch, learn, sweep_report, tracking
+from raydiff.distributed.lease import Lease
 from raydiff.distributed.progress import Progress
 from raydiff.distributed.storage import Folder
 from raydiff.distributed.sweep_report import Outcome, Point
@@ -63,7 +64,13 @@ def sweep(config: Sweep, *, resume: str | None = None) -> Result:
     base, examples = config.base(), config.examples()
     _preflight(config, base, examples)
     folder = _resumed(config, base, resume) if resume else _fresh(config, base)
-    held = _held(examples, folder, resumed=resume is not None)
+    with Lease(folder) as mine:
+        mine.take()
+        return _carried_out(config, base, examples, folder, resumed=resume is not None)
+
+
+def _carried_out(config: Sweep, base: Run, examples: Sequence[Run], folder: Folder, *, resumed: bool) -> Result:
+    held = _held(examples, folder, resumed=resumed)
     cluster.start(dashboard=True)
     most = concurrent(config, examples)
     uri = tracking.uri(base)
@@ -72,7 +79,7 @@ def sweep(config: Sweep, *, resume: str | None = None) -> Result:
     job = {"sweep": config.model_dump_json(), "storage": folder.uri, "uri": uri, "parent": parent.run_id}
     job["contents"] = held.dump()
     try:
-        grid = _tuner(config, examples, folder, job, most, resume is not None).fit()
+        grid = _tuner(config, examples, folder, job, most, resumed).fit()
         outcomes = sorted((_outcome(config, folder, result) for result in grid), key=lambda o: o.rank)
         tracking.close_trials(uri, parent.run_id, {o.trial: o.status for o in outcomes})
         return _finished(config, base, folder, parent, outcomes)
@@ -277,7 +284,7 @@ def _outcome(config: Sweep, folder: Folder, result: Any) -> Outcome:
         Point(update, int(row[_QUERIES]), float(row[_OBJECTIVE]), float(row[config.metric]))
         for update, row in sorted(rows.items())
     ]
-    finished = (folder / trial).size(learn.FINISHED) is not None
+    finished = (folder / trial).json_or_none(learn.FINISHED) is not None
     status = "finished" if finished else "failed" if result.error else "stopped early"
     return Outcome(
         trial, status, _values(result.config), points, str(result.error).strip().splitlines()[-1] if result.error else ""
@@ -286,7 +293,7 @@ def _outcome(config: Sweep, folder: Folder, result: Any) -> Outcome:
 
 def recipe_of(trial: Folder, base: Run) -> Run:
     """The recipe that a trial ran, by its run.json; name, storage and tracking, which the sweep had set, are as in `base`."""
-    ran = Run.model_validate(trial.read_json(launch.RUN))
+    ran = Run.model_validate(launch.recorded_run(trial))
     return override(ran, {"name": base.name, "storage": base.storage, "tracking": base.tracking.model_dump(mode="json")})
 
 

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raydiff import drafts
 from raydiff.config import ConfigError, Run, Tracking, flat
-from raydiff.distributed.storage import DRAFT, Folder
+from raydiff.distributed.storage import Folder
 from raydiff.preflight import metrics_fault, unquotable
 
 NAME_TAG, BEST_TAG, STOPPED_TAG = "raydiff.name", "raydiff.best", "raydiff.stopped_by"
@@ -381,7 +382,7 @@ def _make_tables(uri: str) -> None:
         try:
             if not file.exists():
                 above, _, last = uri.partition("?")[0].rpartition("/")
-                draft = f"{above}/.{last}{DRAFT}"  # of the URI, whose quoting it keeps
+                draft = f"{above}/.{last}{drafts.ENDING}"  # of the URI, whose quoting it keeps
                 made = Path(str(make_url(draft).database))
                 made.unlink(missing_ok=True)
                 MlflowClient(draft).search_experiments(max_results=1)

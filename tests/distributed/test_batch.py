@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from raydiff import drafts
 from raydiff import generate as drawing
 from raydiff.config import ConfigError, Pool, Run, Sampler, rewards
 from raydiff.data import images
@@ -125,7 +127,8 @@ def test_a_second_call_makes_only_what_is_missing(drawn: Path, draw: Draw, tmp_p
     lost = sorted(before)[1], sorted(before)[4]
     for name in lost:
         (folder / name).unlink()
-    draft = folder / ".rows-000000000004-000000000008.parquet.0123.draft"  # of a writer that was killed
+    dead = drafts.name("rows-000000000004-000000000008.parquet").replace(f"_{os.getpid()}_", f"_{2**22 + 1}_")
+    draft = folder / dead  # of a writer that was killed
     draft.write_bytes(b"half")
     summary = draw(folder, 2)
     assert (summary.files, summary.made) == (6, 2)

@@ -1,6 +1,7 @@
 """Checkpoint files: what counts as complete, what is kept, and which runs may continue."""
 
 import errno
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,22 +67,23 @@ def test_incomplete_checkpoint_is_passed_over_and_rewritten(tiny_run: MakeRun, t
 
 
 def test_full_disk_leaves_the_one_before_and_its_room(tiny_run: MakeRun, tmp_path: Path) -> None:
-    """/dev/full answers every write as a full disk does."""
+    """A limit on the size of a file answers as a full disk does, by another number."""
     run = tiny_run()
     save(tmp_path, run, 1)
-
-    class Full(dict[str, torch.Tensor]):
-        pass
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def tensors():
         yield "parameters", {"a": torch.zeros(10)}
-        (tmp_path / "checkpoint_000002" / "exp_avg.safetensors").symlink_to("/dev/full")
-        yield "exp_avg", {"a": torch.zeros(10)}
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        yield "exp_avg", {"a": torch.zeros(1000)}
 
-    with pytest.raises(StorageError, match=rf"cannot write exp_avg\.safetensors .*{tmp_path}.*MiB are free") as error:
-        checkpoint.save(Folder(tmp_path), tensors(), run=run, next_step=2, calls=Calls(), seconds=0, history=[])
+    try:
+        with pytest.raises(StorageError, match=rf"cannot write exp_avg\.safetensors .*{tmp_path}.*MiB are free") as error:
+            checkpoint.save(Folder(tmp_path), tensors(), run=run, next_step=2, calls=Calls(), seconds=0, history=[])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert isinstance(error.value.__cause__, OSError)
-    assert error.value.__cause__.errno == errno.ENOSPC
+    assert error.value.__cause__.errno == errno.EFBIG
     found = checkpoint.latest(Folder(tmp_path))
     assert found is not None
     assert found.next_step == 1

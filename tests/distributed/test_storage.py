@@ -12,6 +12,7 @@ import torch
 from raydiff.config import ConfigError, Run
 from raydiff.core.policy import Calls
 from raydiff.distributed import checkpoint, launch
+from raydiff.distributed.lease import Lease
 from raydiff.distributed.storage import Folder, StorageError, away
 
 boto3 = pytest.importorskip("boto3")
@@ -55,7 +56,7 @@ def test_a_folder_in_a_bucket(bucket: Bucket) -> None:
     folder = Folder("s3://runs/all") / "one"
     assert not folder.exists()
     folder.write("a/b.bin", b"123")
-    folder.publish("c", b"4")
+    folder.write("c", b"4")
     folder.write_json("d.json", {"e": 5})
     assert (folder.read("a/b.bin"), folder.size("a/b.bin"), folder.size("b")) == (b"123", 3, None)
     assert folder.read_json("d.json") == {"e": 5}
@@ -65,6 +66,33 @@ def test_a_folder_in_a_bucket(bucket: Bucket) -> None:
     assert folder.folders() == []
     with pytest.raises(FileNotFoundError):
         folder.read("a/b.bin")
+
+
+def test_a_folder_is_uploaded_to_a_bucket_with_what_vouches_for_it_last(bucket: Bucket, tmp_path: Path) -> None:
+    folder = Folder("s3://runs/upload")
+    folder.remove("nothing")
+    for n in (1, 2):
+        for name in ("best.json", "unet/a", "unet/b"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(str(n))
+        folder.upload(tmp_path, "adapter", "best.json")
+        assert (folder.files("adapter"), folder.files("adapter/unet")) == (["best.json"], ["a", "b"])
+        assert {folder.read(f"adapter/{name}") for name in ("best.json", "unet/a", "unet/b")} == {str(n).encode()}
+    written = {
+        name: folder.fs.get_file_info(f"runs/upload/adapter/{name}").mtime_ns for name in ("best.json", "unet/a", "unet/b")
+    }
+    assert max(written.values()) == written["best.json"]
+    folder.remove("adapter/best.json")
+    assert folder.files("adapter") == []
+
+
+def test_a_lease_in_a_bucket(bucket: Bucket) -> None:
+    folder = Folder("s3://runs/leased")
+    with Lease(folder, beat=0.2, expiry=2) as mine:
+        mine.take()
+        with Lease(folder, beat=0.2, expiry=2) as other, pytest.raises(ConfigError, match="works on this folder"):
+            other.take()
+    assert folder.files() == []
 
 
 def test_checkpoints_in_a_bucket(bucket: Bucket, tiny_run: object) -> None:
