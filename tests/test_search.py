@@ -131,8 +131,8 @@ def test_copies_that_have_room_at_once(make: Make) -> None:
 
 def test_a_dumped_run_reads_back(tiny_run: Callable[..., Run], tmp_path: Path) -> None:
     changes = {
-        "rewards": {"a b": {"kind": "colour", "weight": 1e-5}, "c": {"kind": "clip"}},
-        "pools.train.labels": {"raydiff-pool": "train"}, "sampler.final_alpha": None,
+        "rewards": {"a-b": {"kind": "colour", "weight": 1e-5}, "c": {"kind": "clip"}},
+        "pools.train.labels": {"raydiff-pool": "train", "disk of node": "a b"}, "sampler.final_alpha": None,
     }  # fmt: skip
     run = tiny_run("draft_k", changes)
     (tmp_path / "run.toml").write_text(dump(run))
