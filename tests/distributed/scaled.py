@@ -10,7 +10,6 @@ import os
 import sys
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import safetensors.torch
@@ -24,10 +23,19 @@ from raydiff.core.policy import Policy
 from raydiff.core.rollouts import Rollouts
 from raydiff.distributed.engine import ZeroEngine
 from raydiff.distributed.ranks import Ranks
+from raydiff.methods import draft_k
 from raydiff.session import Session
 from tests.distributed.parity import start_weights
 
 TOO_LARGE, USUAL = 2.0**60, 2.0**16
+
+
+class Broken(draft_k.Plugin):
+    """A finite loss, with a slope that is no number."""
+
+    def loss(self, policy: Policy, batch: Rollouts) -> tuple[Tensor, Metrics]:
+        value, metrics = super().loss(policy, batch)
+        return value + (0 * value).square().sqrt(), metrics
 
 
 def three_updates(session: Session, engine: Engine) -> dict[str, Any]:
@@ -57,13 +65,7 @@ def after_nan(run: Run, rank: int, world: int, gather: Any) -> tuple[str, bool]:
     session = Session(run, "cpu", rank, world, gather=gather)
     engine = zero_engine(session)
     before = engine.full("parameters")
-    loss = session.method.loss
-
-    def broken(policy: Policy, batch: Rollouts) -> tuple[Tensor, Metrics]:
-        value, metrics = loss(policy, batch)
-        return value + (0 * value).sqrt(), metrics  # finite, with a slope that is no number
-
-    session.method = SimpleNamespace(loss=broken, selects=False)  # type: ignore[assignment]
+    session.method = Broken(**run.method.model_dump(exclude={"kind"}))
     try:
         session.update(engine, 0)
     except FloatingPointError as error:
