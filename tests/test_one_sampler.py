@@ -70,7 +70,8 @@ def of_the_batch_tool(run: Run, sampler: Sampler, adapter: Adapter, pairs: list[
     """What a pool's actor writes: each prompt with each seed, of which those that are asked for are taken."""
     prompts, seeds = zip(*pairs, strict=True)
     output = Output(Folder(str(folder)).uri, "", ".parquet")
-    generate_batch._copy(iter(prompts), output, len(pairs))
+    _, digest = generate_batch._counted(iter(prompts), len(pairs))
+    generate_batch._copy(iter(prompts), output, len(pairs), digest)
     made_of = generate.origin(run.model.name, sampler, [adapter])
     recipe = generate_batch.Recipe(run.model, sampler, (adapter,), seeds, 2, made_of, None)
     data, bad = generate_batch.Generator(output, recipe, len(pairs), Contents({}).dump(), "cpu").make(0, list(prompts), {})
