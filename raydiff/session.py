@@ -275,6 +275,10 @@ class Session:
             self.loss_scale.restore(state["loss_scale"])
 
     @torch.no_grad()
+    def spent(self) -> tuple[Calls, Calls]:
+        """What this worker has spent on training and on evaluation so far: it changes with every call of the denoiser."""
+        return replace(self.policy.calls), replace(self.judge.calls)
+
     def evaluate(self) -> list[Picture]:
         """This worker's share of the held-out pictures, by index: the same prompts and seeds at every call.
 

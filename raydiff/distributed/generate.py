@@ -14,6 +14,7 @@ from raydiff.config import ConfigError, Run
 from raydiff.contents import Contents
 from raydiff.core.rollouts import Rollouts
 from raydiff.distributed import rows, weights
+from raydiff.distributed.hangs import Beat
 from raydiff.placement import GENERATE
 from raydiff.session import Scores, Session
 
@@ -25,8 +26,9 @@ class Gate:
     only blocks behind it can bring about.
     """
 
-    def __init__(self, store: Any, attempt: str) -> None:
+    def __init__(self, store: Any, attempt: str, limit: float) -> None:
         self.store, self.attempt = store, attempt
+        Beat(store, attempt, "gate", limit)
 
     def __call__(self, block: rows.Columns) -> rows.Columns:
         import ray
@@ -47,8 +49,10 @@ class Generator:
         self.store, self.attempt = store, attempt
         self.version: int | None = None
         self.digest, self.probe = "", np.zeros(weights.PROBE, np.float32)
-        self.load()
-        self.fault = fault_of(lambda: contents and Contents.load(contents).check_session(self.session))
+        self.beat = Beat(store, attempt, "generator", self.run.train.timeout)
+        with self.beat.busy():
+            self.load()
+            self.fault = fault_of(lambda: contents and Contents.load(contents).check_session(self.session))
         self.free_since = time.monotonic()
 
     def __call__(self, block: rows.Columns) -> rows.Columns:
@@ -57,8 +61,9 @@ class Generator:
         if self.fault is not None:
             raise self.fault
         start = time.monotonic()
-        self.refresh()
-        columns = self.sample(int(block["ticket"][0]))
+        with self.beat.busy():
+            self.refresh()
+            columns = self.sample(int(block["ticket"][0]))
         end = time.monotonic()
         spent = {"images": columns["seeds"].size, "busy": end - start, "idle": start - self.free_since}
         self.store.report.remote(GENERATE, spent)  # not waited for

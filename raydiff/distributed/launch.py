@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import secrets
 import shlex
 import signal
@@ -19,7 +20,8 @@ from typing import Any
 from raydiff import __version__, contents, placement
 from raydiff.config import ConfigError, Run, geometry, override
 from raydiff.contents import Contents
-from raydiff.distributed import checkpoint, cluster, learn, pipeline, score, tracking
+from raydiff.distributed import checkpoint, cluster, hangs, learn, pipeline, score, tracking
+from raydiff.distributed.hangs import Asked, Member
 from raydiff.distributed.lease import Lease
 from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.ranks import Refused
@@ -33,6 +35,8 @@ from raydiff.watch import Best
 
 RUN = "run.json"
 _POLL = 0.5  # seconds between looks at the board
+_BOARD = 60.0  # seconds after which a board that does not answer hangs: all that it does at once is to take note
+_LAST = 20.0  # seconds that its last rows are waited for
 _LOOK = 5.0  # seconds between looks at the cluster's nodes
 
 
@@ -354,6 +358,8 @@ def _fit(
         dataset_config=pipeline.data_config(run, nodes) if streamed else None,
     )
     future: Future[dict[str, Any]] = Future()
+    # A worker whose process does not answer Ray Train, as one that was stopped, is lost after this.
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(min(600, math.ceil(run.train.timeout))))
 
     def fit() -> None:
         try:
@@ -367,32 +373,58 @@ def _fit(
 
 def _follow(run: Run, future: Future[dict[str, Any]], board: Any, progress: Progress, store: Any) -> dict[str, Any]:
     """Show the run until it ends. Ctrl-C asks for a last checkpoint; a second one does not wait for it."""
-    import ray
-
-    place, stopping, room = 0, False, Room(run)
+    shown, room, stopping = Shown(run, board, progress), Room(run), False
+    pools = None if store is None else Asked(store, "the weight store", run.train.timeout, progress.say)
     while True:
         try:
             ended = future.done()
-            news = ray.get(board.since.remote(place))
-            place += len(news)
-            for item in news:
-                if isinstance(item, str):
-                    progress.restart(item)
-                else:
-                    progress.row(item)
-            if store is not None and not ended:
-                progress.pools(ray.get(store.status.remote()))
+            told = shown.look(stopping, wait=_LAST if ended else 0.0)
+            if pools is not None and not ended and (found := pools.ask("look", run.train.timeout)):
+                _tell(progress, *found)
             if news := room.news():
                 progress.say(news)
-            if ended:
+            if ended and told:
                 return future.result()
             time.sleep(_POLL)
         except KeyboardInterrupt:
             if stopping:
                 raise
             stopping = True
-            board.stop.remote()
             progress.say("stopping: this update, then a checkpoint; Ctrl-C again stops without one")
+
+
+def _tell(progress: Progress, status: dict[str, Any], said: list[str], overdue: list[tuple[Member, str]]) -> None:
+    """Show what the store knows of the pools, and start their members again that hang."""
+    progress.pools(status)
+    for text in said:
+        progress.say(text)
+    for member, why in overdue:
+        hangs.end(member, why, progress.say)
+
+
+class Shown:
+    """The rows that the board has, each shown once, whatever becomes of the board."""
+
+    def __init__(self, run: Run, board: Any, progress: Progress) -> None:
+        self.board, self.progress = Asked(board, "the board", min(_BOARD, run.train.timeout), progress.say), progress
+        self.token, self.place = "", 0
+        self.steps: set[int] = set()
+
+    def look(self, stopping: bool, wait: float) -> bool:
+        """Show what is new, and tell the board whether the run is to stop. Returns whether it has answered."""
+        answer = self.board.ask("since", self.token, self.place, stopping, wait=wait)
+        if answer is None:
+            return wait > 0  # then it was waited for long enough
+        token, news = answer
+        self.place = len(news) + (self.place if token == self.token else 0)
+        self.token = token
+        for item in news:
+            if isinstance(item, str):
+                self.progress.restart(item)
+            elif int(item["step"]) not in self.steps:
+                self.steps.add(int(item["step"]))
+                self.progress.row(item)
+        return True
 
 
 class Room:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from statistics import mean
@@ -22,11 +22,13 @@ from raydiff.core.policy import Calls
 from raydiff.distributed import checkpoint, lease, score
 from raydiff.distributed.checkpoint import Checkpoint
 from raydiff.distributed.engine import ZeroEngine
+from raydiff.distributed.hangs import Watchdog, started_again
 from raydiff.distributed.meter import Meter
 from raydiff.distributed.pipeline import Stream
 from raydiff.distributed.ranks import AgreedLoss, Ranks, Refused
 from raydiff.distributed.score import RewardClient
 from raydiff.distributed.storage import PATIENCE, Folder
+from raydiff.distributed.tracking import Record
 from raydiff.session import Picture, Session, summary
 from raydiff.watch import Best
 
@@ -34,6 +36,7 @@ BEFORE = "pictures/before"  # .safetensors and .json: the untrained model's, for
 GRID = "pictures/before_after.png"
 ADAPTER, BEST = "adapter", "adapter_best"
 FINISHED = "finished.json"
+_SETTLE = 60.0  # seconds that the end of a run waits for a board that is away
 
 
 def work(config: dict[str, Any]) -> dict[str, Any]:
@@ -45,19 +48,23 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     """
     import ray.train.torch
 
-    ranks = Ranks(config["timeout"])
-    try:
-        with ranks.agreed():
-            run = Run.model_validate_json(config["run"])
-        device = ray.train.torch.get_device()
-        if device.type == "cpu":
-            torch.set_num_threads(max(1, int(run.pools.train.num_cpus)))
-        groups, store = config["rewards"], config["store"]
-        rewards = score.client(run, groups, store, ranks.rank, ranks.size) if groups else None
-        held, folder = Contents.load(config["contents"]), Folder(config["folder"], PATIENCE)
-        return Worker(run, device, ranks, folder, config["lease"], held, config["board"], store, rewards).train()
-    except Refused as refusal:
-        return {"refused": (refusal.kind, refusal.message)}
+    record, rank = Record(config["board"]), ray.train.get_context().get_world_rank()
+    with Watchdog(config["timeout"], lambda why: record.tell(started_again(f"trainer {rank}", why))) as watchdog:
+        ranks = Ranks(config["timeout"], watchdog.touch)
+        try:
+            with ranks.agreed():
+                run = Run.model_validate_json(config["run"])
+            device = ray.train.torch.get_device()
+            if device.type == "cpu":
+                torch.set_num_threads(max(1, int(run.pools.train.num_cpus)))
+            groups, store = config["rewards"], config["store"]
+            rewards = score.client(run, groups, store, ranks.rank, ranks.size, watchdog.touch) if groups else None
+            held, folder = Contents.load(config["contents"]), Folder(config["folder"], PATIENCE)
+            worker = Worker(run, device, ranks, folder, config["lease"], held, record, store, rewards)
+            watchdog.sign = worker.session.spent
+            return worker.train()
+        except Refused as refusal:
+            return {"refused": (refusal.kind, refusal.message)}
 
 
 class Worker:
@@ -71,13 +78,14 @@ class Worker:
         folder: Folder,
         token: str,
         held: Contents,
-        board: Any,
+        record: Record,
         store: Any = None,
         rewards: RewardClient | None = None,
     ) -> None:
-        self.run, self.ranks, self.folder, self.token, self.board, self.store = run, ranks, folder, token, board, store
+        self.run, self.ranks, self.folder, self.token, self.store = run, ranks, folder, token, store
+        self.record = record
         self.history: list[dict[str, float]] = []  # the metrics of every update so far, over restarts
-        self.next_step, self.seconds_before, self.start = 0, 0.0, time.perf_counter()
+        self.next_step, self.start = 0, time.perf_counter()
         self.evaluated: tuple[int, list[Picture]] = (-1, [])  # after how many updates, and its pictures
         self.best: Mapping[str, Tensor] = {}  # the weights of watch.best, on rank 0
         self.exported = -1  # the step whose weights are in BEST
@@ -86,7 +94,8 @@ class Worker:
             if ranks.rank == 0:
                 for part in ("", PurePosixPath(GRID).parent.as_posix()):
                     folder.clear_drafts(part)
-                found = checkpoint.latest(folder, board.tell.remote)
+                found = checkpoint.latest(folder, self.record.tell)
+                self.start -= self.record.clock(found.seconds if found else 0.0)
         place = ranks.gather(found.folder.uri if found else None)[0]  # rank 0 looked: all continue from the same one
         with ranks.agreed():
             try:
@@ -139,13 +148,13 @@ class Worker:
                 average.copy_(saved["ema"][name])
         if self.ranks.rank == 0:
             self.session.policy.calls = found.calls
-            self.add(found.history, [])
-            self.board.tell.remote(f"continuing after update {found.next_step}")
-        self.history, self.next_step, self.seconds_before = found.history, found.next_step, found.seconds
+            self.record.add(found.history, [])
+            self.record.tell(f"continuing after update {found.next_step}")
+        self.history, self.next_step = found.history, found.next_step
 
     def encoding(self, done: int, pieces: int) -> None:
         if self.ranks.rank == 0 and done == 0:
-            self.board.tell.remote(f"encoding the pairs of {self.run.pairs.path}: {pieces} pieces, once")
+            self.record.tell(f"encoding the pairs of {self.run.pairs.path}: {pieces} pieces, once")
 
     def train(self) -> dict[str, Any]:
         train = self.run.train
@@ -162,7 +171,7 @@ class Worker:
                 self.session.ema.update(self.engine.weights())
             done = step + 1
             metrics |= self.publish(done)
-            shared = self.ranks.gather((metrics, self.ranks.rank == 0 and self.must_stop()))
+            shared = self.ranks.gather((metrics, self.ranks.rank == 0 and self.record.must_stop()))
             stop = shared[0][1]
             row = {"step": done, **_mean([m for m, _ in shared])}
             row |= {"lr": lr, **self.cost()}
@@ -249,6 +258,7 @@ class Worker:
                 if before:
                     self.show(GRID, pictures.before_after(before, after[: len(before)]))
                 self.folder.write_json(FINISHED, {"updates": done, **result})
+                self.record.settle(_SETTLE)
         return result
 
     def export(self, weights: Mapping[str, Tensor], name: str, best: Best | None = None) -> None:
@@ -258,7 +268,9 @@ class Worker:
             if best:
                 best.write(scratch)
             self.folder.upload(Path(scratch), name, watch.BEST)
-            self.add([], [f"{name}/{f.relative_to(scratch).as_posix()}" for f in Path(scratch).rglob("*") if f.is_file()])
+            self.record.add(
+                [], [f"{name}/{f.relative_to(scratch).as_posix()}" for f in Path(scratch).rglob("*") if f.is_file()]
+            )
 
     def export_best(self) -> None:
         """On rank 0, after a checkpoint that has them: what BEST holds is never lost with an attempt."""
@@ -320,13 +332,13 @@ class Worker:
 
         self.history.append(row)
         if self.ranks.rank == 0:
-            self.add([row], [])
+            self.record.add([row], [])
         ray.train.report(row)
 
     def show(self, path: str, picture: Any) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             self.folder.write(path, pictures.save(picture, Path(scratch) / "grid.png").read_bytes())
-        self.add([], [path])
+        self.record.add([], [path])
 
     def keep_before(self, shown: list[Picture]) -> None:
         about = [{**vars(p), "image": None, "embedding": None} for p in shown]
@@ -345,8 +357,8 @@ class Worker:
 
     @property
     def seconds(self) -> float:
-        """Wall time of training so far, over restarts."""
-        return self.seconds_before + time.perf_counter() - self.start
+        """Wall time of training so far, over restarts and lost attempts; on rank 0."""
+        return time.perf_counter() - self.start
 
     def calls(self) -> Calls:
         """What all workers have spent."""
@@ -354,23 +366,6 @@ class Worker:
 
     def cost(self) -> dict[str, float]:
         return {"seconds": self.seconds, **vars(self.calls())}
-
-    def add(self, rows: list[dict[str, float]], files: list[str]) -> None:
-        """To the board, which answers at once; waiting for it keeps what comes from a dying worker in order."""
-        import ray
-
-        with suppress(ray.exceptions.RayActorError):  # the history in the next checkpoint has the rows
-            ray.get(self.board.add.remote(rows, files))
-
-    def must_stop(self) -> bool:
-        import ray
-
-        try:
-            return bool(ray.get(self.board.must_stop.remote()))
-        except ray.exceptions.ActorDiedError:
-            return True  # the driver has given up on this run
-        except ray.exceptions.RayActorError:
-            return False  # it is being restarted
 
 
 def _mean(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:

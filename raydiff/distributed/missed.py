@@ -25,7 +25,7 @@ def send(folder: str) -> Tracker:
     shown = PurePosixPath(learn.GRID).parent.as_posix()
     files = [f"{shown}/{name}" for name in where.files(shown) if name.endswith(".png")]
     files += [f"{part}/{name}" for part in (learn.ADAPTER, learn.BEST) for name in where.files(part)]
-    board.add(newest.history if newest else [], files)
+    board.add(board.token, newest.history if newest else [], files)
     if fault := board.flush():
         raise ConfigError(f"tracking.uri: {fault}")
     ended = where.json_or_none(learn.FINISHED)

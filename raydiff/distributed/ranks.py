@@ -25,8 +25,14 @@ from raydiff.distributed.weights import SyncError
 
 T = TypeVar("T")
 
+
+class PoolLost(RuntimeError):
+    """A member of a pool has died more often than it is started again."""
+
+
 PLAIN: dict[str, Callable[[str], Exception]] = {
-    kind.__name__: kind for kind in (ConfigError, FloatingPointError, NonFiniteReward, RewardFailed, StorageError, SyncError)
+    kind.__name__: kind
+    for kind in (ConfigError, FloatingPointError, NonFiniteReward, PoolLost, RewardFailed, StorageError, SyncError)
 }
 """Errors whose message says all that a user needs; of any other the traceback is shown."""
 
@@ -64,13 +70,16 @@ class Refused(Exception):
 class Ranks:
     """All workers of a run; every method is collective."""
 
-    def __init__(self, timeout: float) -> None:
-        """timeout: seconds after which waiting for another rank raises RuntimeError."""
+    def __init__(self, timeout: float, touch: Callable[[], None] = lambda: None) -> None:
+        """timeout: seconds after which waiting for another rank raises RuntimeError. `touch` is called whenever this rank gets
+        anywhere."""
+        self.touch = touch
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, on every rank."""
+        self.touch()
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
@@ -79,10 +88,12 @@ class Ranks:
     def agreed(self) -> Iterator[None]:
         """All ranks leave the block alike: an exception on any of them raises the first one's Refused on all."""
         error: Exception | None = None
+        self.touch()
         try:
             yield
         except Exception as caught:
             error = caught
+        self.touch()
         failed = torch.tensor(int(error is not None))
         dist.all_reduce(failed, group=self.group)  # a lost worker raises here, and Ray starts the workers again
         if failed:

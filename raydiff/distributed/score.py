@@ -6,8 +6,9 @@ Learners send pictures and get (r, dr/dpictures) back; the generation pool's pic
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,9 +21,10 @@ from raydiff.config import Run
 from raydiff.contents import Contents, digests
 from raydiff.core.policy import checked
 from raydiff.core.reward_vjp import Parts, RewardError, score_and_grad, weighted_sum, with_remote_gradient
-from raydiff.distributed import rows
+from raydiff.distributed import hangs, rows
 from raydiff.distributed.generate import device, fault_of
-from raydiff.distributed.ranks import plain
+from raydiff.distributed.hangs import Beat, started_again
+from raydiff.distributed.ranks import PoolLost, plain
 from raydiff.session import Scores, weights
 
 RESTARTS = 10  # of one actor; without an end, a crash at every start would loop for ever
@@ -36,6 +38,9 @@ class Group:
     names: tuple[str, ...]
     replicas: tuple[Any, ...]
     loaded: dict[str, str] = field(default_factory=dict)  # digests of their files
+
+    def __str__(self) -> str:
+        return ", ".join(map(repr, self.names))
 
 
 @dataclass
@@ -80,12 +85,17 @@ class RewardReplica:
         self.waiting: list[_Request] = []
         self.turn = asyncio.Lock()
         self.free_since = time.monotonic()
+        self.busy_since: float | None = None
 
     async def ready(self) -> dict[str, str]:
         """Answers when the rewards are loaded, with the digests of their files."""
         if self.fault is not None:
             raise self.fault
         return self.loaded
+
+    async def busy(self) -> float:
+        """Seconds that the rewards have been working at one batch, 0 when they are not: whoever waits asks this."""
+        return 0.0 if self.busy_since is None else time.monotonic() - self.busy_since
 
     async def score(self, images: np.ndarray, prompts: list[str], evaluation: bool, gradient: bool) -> _Answer | RewardError:
         """Rewards of images (B,3,H,W) in [0,1]; `evaluation` asks for the held-out ones too."""
@@ -107,9 +117,9 @@ class RewardReplica:
                 batch.append(request)
                 size += len(request.prompts)
         self.waiting = [request for request in self.waiting if not any(request is b for b in batch)]
-        start = time.monotonic()
+        self.busy_since = start = time.monotonic()
         answers = await asyncio.to_thread(self._answers, batch)
-        end = time.monotonic()
+        end, self.busy_since = time.monotonic(), None
         for request, answer in zip(batch, answers, strict=True):
             if isinstance(answer, _Answer):
                 answer.busy = (end - start) * len(request.prompts) / size
@@ -143,24 +153,43 @@ class RewardReplica:
             return _Answer(_arrays(score(pixels, prompts)[1]), None)
 
 
+@dataclass
+class _Silent:
+    """A replica that does not answer: it has no place any more, or it hangs."""
+
+    ping: Any  # is ready when the replica answers again
+    since: float = field(default_factory=time.monotonic)
+    killed: bool = False
+
+
 class _Asked:
-    """A share of a question, put to a replica; or to another one of its group when that one has no place any more."""
+    """A share of a question, put to a replica; or to another one of its group when that one does not answer."""
 
-    def __init__(self, first: int, group: Group, replica: Any, request: tuple[Any, ...]) -> None:
-        self.first, self.group, self.replica, self.request = first, group, replica, request  # first: row of the share
-        self.ref = replica.score.remote(*request)
+    def __init__(self, client: RewardClient, first: int, group: Group, replica: Any, request: tuple[Any, ...]) -> None:
+        self.client, self.first, self.group = client, first, group  # first: row of the share
+        self.request = request
+        self.ask(replica)
 
-    def answer(self, lost: dict[Any, Any]) -> _Answer | RewardError:
-        """Adds to `lost` a replica that has no place, with what is ready when it has one again."""
+    def ask(self, replica: Any) -> None:
+        self.replica, self.ref = replica, replica.score.remote(*self.request)
+
+    def answer(self) -> _Answer | RewardError:
+        """Raises PoolLost when the replica died too often."""
         import ray
 
-        while not ray.wait([self.ref], timeout=_PATIENCE)[0]:
-            ping = lost.get(self.replica, self.replica.ready.remote())  # a busy replica answers this too
-            others = [replica for replica in self.group.replicas if replica is not self.replica and replica not in lost]
-            if not ray.wait([ping], timeout=_PING)[0] and others:
-                lost[self.replica] = ping
-                self.replica, self.ref = others[0], others[0].score.remote(*self.request)
-        return _answer(self.ref)
+        patience, silent = min(_PATIENCE, self.client.limit / 2), self.client.silent
+        while not ray.wait([self.ref], timeout=patience)[0]:
+            self.client.waits()
+            if self.replica not in silent:
+                silent[self.replica] = _Silent(self.replica.busy.remote())
+            if ray.wait([silent[self.replica].ping], timeout=min(_PING, patience))[0]:
+                self.client.watch(self.replica, hangs.answer(silent.pop(self.replica).ping) or 0.0)
+                continue
+            self.client.look()
+            others = [replica for replica in self.group.replicas if replica is not self.replica and replica not in silent]
+            if others:
+                self.ask(others[0])
+        return _answer(self.ref, self.group)
 
 
 @dataclass
@@ -173,7 +202,9 @@ class RewardClient:
     rank: int = 0
     workers: int = 1
     store: Any = None  # the weight store, which keeps the pools' counters
-    lost: dict[Any, Any] = field(default_factory=dict)  # replicas without a place, with what is ready when they are back
+    limit: float = math.inf  # seconds after which a replica that does not answer, or works at one batch, hangs
+    waits: Callable[[], None] = lambda: None  # called while replicas are waited for
+    silent: dict[Any, _Silent] = field(default_factory=dict)
 
     def scores(self) -> Scores:
         """For a Session: exact gradients of rewards that are computed elsewhere."""
@@ -192,15 +223,35 @@ class RewardClient:
 
     def mine(self, replicas: Sequence[Any]) -> Sequence[Any]:
         """This learner's replicas: its share of many, or one that it shares with other learners."""
-        there = [replica for replica in replicas if replica not in self.lost] or replicas
+        there = [replica for replica in replicas if replica not in self.silent] or replicas
         first, last = (r * len(there) // self.workers for r in (self.rank, self.rank + 1))
         return there[first : max(last, first + 1)]
 
-    def _look(self) -> None:
-        """Forget lost replicas that are back."""
+    def look(self) -> None:
+        """Forget silent replicas that answer again, and start those again that have been silent for too long: each once, as one
+        that waits for a place is silent too."""
         import ray
 
-        self.lost = {replica: ping for replica, ping in self.lost.items() if not ray.wait([ping], timeout=0)[0]}
+        for replica, silent in list(self.silent.items()):
+            if ray.wait([silent.ping], timeout=0)[0]:
+                del self.silent[replica]
+            elif time.monotonic() - silent.since > self.limit and not silent.killed:
+                silent.killed = True
+                self.end(replica, f"has not answered for {self.limit:g} s")
+
+    def watch(self, replica: Any, busy: float) -> None:
+        """Start a replica again that has been working at one batch for too long."""
+        if busy > self.limit:
+            self.end(replica, f"has worked at one batch for {busy:.0f} s")
+
+    def end(self, replica: Any, why: str) -> None:
+        """Kill a replica, which Ray then starts again and asks anew."""
+        import ray
+
+        group = next(group for group in self.groups if replica in group.replicas)
+        if self.store is not None:
+            self.store.tell.remote(started_again(f"reward replica {group.replicas.index(replica)} with {group}", why))
+        ray.kill(replica, no_restart=False)
 
     def _ask(self, images: Tensor, prompts: Sequence[str], *, evaluation: bool, gradient: bool) -> tuple[Tensor, Parts, Tensor]:
         """All groups at once, each picture by one replica of each."""
@@ -208,7 +259,7 @@ class RewardClient:
         start = time.monotonic()
         pixels = images.detach().cpu().numpy()
         asked: list[_Asked] = []
-        self._look()
+        self.look()
         for group in self.groups:
             if not evaluation and self.held_out.issuperset(group.names):
                 continue
@@ -217,20 +268,20 @@ class RewardClient:
                 if len(rows_of):
                     share, texts = pixels[rows_of[0] : rows_of[-1] + 1], [prompts[i] for i in rows_of]
                     request = (share, texts, evaluation, gradient)
-                    asked.append(_Asked(int(rows_of[0]), group, replicas[len(asked) % len(replicas)], request))
+                    asked.append(_Asked(self, int(rows_of[0]), group, replicas[len(asked) % len(replicas)], request))
         parts: dict[str, np.ndarray] = {}
         grads = np.zeros_like(pixels) if gradient else np.zeros(0)
         counters = {"images": len(prompts), "busy": 0.0, "idle": 0.0}
         for share_of in asked:
-            first, answer = share_of.first, share_of.answer(self.lost)
-            if isinstance(answer, RewardError):
-                raise RewardError(answer.name, answer.message, None if answer.row is None else first + answer.row)
-            for name, values in answer.parts.items():
+            first, given = share_of.first, share_of.answer()
+            if isinstance(given, RewardError):
+                raise RewardError(given.name, given.message, None if given.row is None else first + given.row)
+            for name, values in given.parts.items():
                 parts.setdefault(name, np.zeros(len(prompts), values.dtype))[first : first + len(values)] = values
-            if answer.gradient is not None:
-                grads[first : first + len(answer.gradient)] += answer.gradient
-            counters["busy"] += answer.busy
-            counters["idle"] += answer.idle
+            if given.gradient is not None:
+                grads[first : first + len(given.gradient)] += given.gradient
+            counters["busy"] += given.busy
+            counters["idle"] += given.idle
         if self.store is not None:
             self.store.report.remote(placement.REWARD, counters | {"waited": time.monotonic() - start})
         named = {name: torch.from_numpy(values).to(images.device) for name, values in parts.items()}
@@ -241,8 +292,9 @@ class RewardClient:
 class Scorer:
     """The pipeline's scoring step: pictures out of a block, rewards in. The pool does the work, so it claims nothing."""
 
-    def __init__(self, client: RewardClient) -> None:
+    def __init__(self, client: RewardClient, attempt: str, limit: float) -> None:
         self.client = client
+        Beat(client.store, attempt, "scorer", limit)
 
     def __call__(self, block: rows.Columns) -> rows.Columns:
         if not len(block["ticket"]):
@@ -279,24 +331,46 @@ def start(run: Run, nodes: Sequence[placement.Node], held: Contents | None = Non
 
 def _loaded(group: Group) -> Group:
     """The group when all its replicas have loaded."""
-    first, *others = _answer([replica.ready.remote() for replica in group.replicas])
+    first, *others = (_answer(ref, group) for ref in [replica.ready.remote() for replica in group.replicas])
     for other in others:
         Contents(first).compare(other)
     return replace(group, loaded=first)
 
 
-def client(run: Run, groups: Sequence[Group], store: Any, rank: int = 0, workers: int = 1) -> RewardClient:
-    return RewardClient(groups, weights(run), frozenset(run.evaluate.rewards), rank, workers, store)
+def client(
+    run: Run,
+    groups: Sequence[Group],
+    store: Any,
+    rank: int = 0,
+    workers: int = 1,
+    waits: Callable[[], None] = lambda: None,
+) -> RewardClient:
+    held_out = frozenset(run.evaluate.rewards)
+    return RewardClient(groups, weights(run), held_out, rank, workers, store, run.train.timeout, waits)
 
 
-def _answer(ref: Any) -> Any:
-    """ray.get, but a fault that says all by itself is raised as what it is."""
+def _answer(ref: Any, group: Group) -> Any:
+    """ray.get, but a fault that says all by itself is raised as what it is, and PoolLost for a replica that is not started
+    again."""
     import ray
 
     try:
         return ray.get(ref)
     except ray.exceptions.RayTaskError as error:
         raise plain(error) or error from None
+    except ray.exceptions.ActorDiedError as error:
+        if (cause := plain(error)) is not None:
+            raise cause from None
+        raise PoolLost(
+            f"a reward replica with {group} has died {RESTARTS + 1} times, and is not started again; the last time:"
+            f" {_why(error)}"
+        ) from None
+
+
+def _why(error: Exception) -> str:
+    """What Ray says of a death, without its identifiers."""
+    text = " ".join(str(error).split())
+    return text.rpartition("Worker exit detail: ")[2].rpartition("The actor is dead because ")[2][-500:]
 
 
 def _arrays(parts: Parts) -> dict[str, np.ndarray]:

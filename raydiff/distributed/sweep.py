@@ -253,7 +253,8 @@ class _Reporting(Progress):
         from ray import tune
 
         if "held_out/total" in row:
-            ray.get(self.board.settle.remote(_SETTLE))  # a trial that is ended there logs nothing more
+            # A trial that is ended there logs nothing more; a board that is away logs it all when it is back.
+            ray.wait([self.board.settle.remote(_SETTLE)], timeout=2 * _SETTLE)
             shown = {name: value for name, value in row.items() if name != "step"}
             tune.report({**shown, "update": row["step"], _OBJECTIVE: self.sweep.objective(row)})
 

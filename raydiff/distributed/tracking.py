@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import queue
+import secrets
 import tempfile
 import threading
 import time
@@ -27,6 +28,7 @@ from raydiff.preflight import metrics_fault, unquotable
 NAME_TAG, BEST_TAG, STOPPED_TAG = "raydiff.name", "raydiff.best", "raydiff.stopped_by"
 _LONGEST = 6000  # characters of a parameter's value
 _AT_ONCE = 100  # parameters in one request
+_BRIEF = 20.0  # seconds that a worker waits for the board, once
 
 _FOR_GOOD = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}  # MLflow's codes for what it will never take
 
@@ -253,13 +255,22 @@ class Board:
     """
 
     def __init__(self, tracker: Tracker, folder: str) -> None:
+        self.token = secrets.token_hex(8)  # of this one: who is started again has another, and remembers nothing
         self.stopping = False
         self.news: list[Row | str] = []
         self.steps: set[int] = set()
+        self.origin: float | None = None  # when the run's clock stood at 0
         self.log = _Log(tracker, Folder(folder))
 
-    def add(self, rows: list[Row], files: list[str]) -> None:
-        """Rows of metrics, and paths in the run's folder to log as artifacts. A step that came before is left out."""
+    def add(self, token: str, rows: list[Row], files: list[str]) -> str:
+        """Rows of metrics, and paths in the run's folder to log as artifacts. A step that came before is left out.
+
+        Returns this board's token; for another's, nothing is added.
+        """
+        if token != self.token:
+            return self.token
+        if self.origin is None and rows:
+            self.clock(rows[-1]["seconds"])
         for row in rows:
             if int(row["step"]) not in self.steps:
                 self.steps.add(int(row["step"]))
@@ -267,16 +278,22 @@ class Board:
                 self.log.queue.put(row)
         for path in files:
             self.log.queue.put(path)
+        return self.token
+
+    def clock(self, seconds: float) -> float:
+        """Seconds of the run by now, lost attempts included, when it stood at `seconds` as this was asked first."""
+        if self.origin is None:
+            self.origin = time.monotonic() - seconds
+        return time.monotonic() - self.origin
 
     def tell(self, text: str) -> None:
         """A line for the driver to print."""
         self.news.append(text)
 
-    def since(self, place: int) -> list[Row | str]:
-        return self.news[place:]
-
-    def stop(self) -> None:
-        self.stopping = True
+    def since(self, token: str, place: int, stopping: bool = False) -> tuple[str, list[Row | str]]:
+        """This board's token, and what came after `place`; all, when `token` is another's. `stopping`: the run is to stop."""
+        self.stopping |= stopping
+        return self.token, self.news[place if token == self.token else 0 :]
 
     def must_stop(self) -> bool:
         return self.stopping
@@ -296,6 +313,72 @@ class Board:
         self.log.queue.put(None)
         self.log.thread.join()
         return self.log.fault
+
+
+class Record:
+    """Rank 0's end of the board. Nothing that happens to the board holds the training, or ends it.
+
+    A board that hangs is not waited for, and one that was started again is told everything anew.
+    """
+
+    def __init__(self, board: Any) -> None:
+        self.board = board
+        self.rows: list[Row] = []
+        self.files: list[str] = []
+        self.known, self.told = "", (0, 0)  # the board's token, and how many rows and files it has
+        self.pending: Any = None  # what a board that hangs has not answered
+        self.over = False
+
+    def add(self, rows: list[Row], files: list[str]) -> bool:
+        """Returns whether the board has all there is. Waiting for it keeps what comes from a dying worker in order."""
+        self.rows += rows
+        self.files += files
+        for _ in range(2):  # a board that is new says so first
+            token = self._ask("add", self.known, self.rows[self.told[0] :], self.files[self.told[1] :])
+            if token is None:
+                return False
+            if token == self.known:
+                self.told = (len(self.rows), len(self.files))
+                return True
+            self.known, self.told = token, (0, 0)
+        return False
+
+    def settle(self, seconds: float) -> None:
+        """Try, so long at most, until the board has all."""
+        end = time.monotonic() + seconds
+        while not self.add([], []) and time.monotonic() < end:
+            time.sleep(1)
+
+    def tell(self, text: str) -> None:
+        self.board.tell.remote(text)
+
+    def clock(self, seconds: float) -> float:
+        """`Board.clock`, or `seconds` when the board is away."""
+        found = self._ask("clock", seconds)
+        return seconds if found is None else max(seconds, found)
+
+    def must_stop(self) -> bool:
+        return bool(self._ask("must_stop")) or self.over
+
+    def _ask(self, method: str, *args: Any) -> Any:
+        """The board's answer; None while it has none, and until it has answered what it was asked before."""
+        import ray
+
+        if self.pending is not None and not ray.wait([self.pending], timeout=0)[0]:
+            return None
+        self.pending = getattr(self.board, method).remote(*args)
+        if not ray.wait([self.pending], timeout=_BRIEF)[0]:
+            return None
+        ref, self.pending = self.pending, None
+        try:
+            return ray.get(ref)
+        except ray.exceptions.ActorDiedError:
+            self.over = True  # it is started again for ever, but by a driver that has given up on this run
+        except ray.exceptions.RayTaskError:
+            raise  # its own fault
+        except ray.exceptions.RayError:
+            pass  # it is being started again
+        return None
 
 
 class _Log:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from raydiff.distributed import meter
+from raydiff.distributed.hangs import Member, Members
 from raydiff.session import Session
 
 Arrays = dict[str, np.ndarray]
@@ -71,6 +72,7 @@ class WeightStore:
         self.bytes, self.gate_waited = 0, 0.0
         self.pools: dict[str, dict[str, float]] = {}
         self.gauges: dict[str, Any] = {}
+        self.said: list[str] = []  # lines for the driver to print
         self._reset(None, 0)
 
     def _reset(self, attempt: str | None, generators: int) -> None:
@@ -80,6 +82,7 @@ class WeightStore:
         self.box: list[Any] = []  # a reference to the weights; in a list Ray hands it on unread
         self.admitted, self.consumed = 0, 0  # blocks
         self.waiting_for: int | None = None  # the version that the gate waits for
+        self.members = Members()
 
     async def open(self, attempt: str, generators: int) -> None:
         """A new attempt begins, with so many generators: nothing is published yet."""
@@ -114,6 +117,20 @@ class WeightStore:
         if attempt != self.attempt or self.version is None:
             raise RuntimeError("the weight store has lost this attempt; the workers start again")
         return None if have == self.version else (self.version, self.box)
+
+    async def beat(self, attempt: str, actor: str, member: Member) -> None:
+        """A member of the pipeline lives."""
+        if attempt == self.attempt:
+            self.members.beat(actor, member)
+
+    async def tell(self, text: str) -> None:
+        """A line for the driver to print."""
+        self.said.append(text)
+
+    async def look(self, limit: float) -> tuple[dict[str, Any], list[str], list[tuple[Member, str]]]:
+        """What the driver wants to know every moment: status, the lines that were told since, and who hangs."""
+        said, self.said = self.said, []
+        return await self.status(), said, [] if self.closed else self.members.overdue(limit)
 
     async def report(self, pool: str, counters: dict[str, float]) -> None:
         """Add to a pool's counters."""
