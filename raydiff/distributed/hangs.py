@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Say = Callable[[str], Any]
+_ANSWER = 2.0  # seconds in which who lives, or has ended, answers
 
 
 def started_again(who: str, why: str) -> str:
@@ -133,12 +134,15 @@ class Members:
 
 
 def end(member: Member, why: str, say: Say) -> None:
-    """Kill a member that hangs, unless it went with its node."""
+    """Kill a member that hangs, unless it went with its node, or has ended: Ray Data lets an actor go that has no more to do."""
     import ray
 
-    if any(node["Alive"] and node["NodeID"] == member.node for node in ray.nodes()):
+    if not any(node["Alive"] and node["NodeID"] == member.node for node in ray.nodes()):
+        return
+    (actor,) = member.handle
+    if not ray.wait([actor.__ray_ready__.remote()], timeout=_ANSWER)[0]:  # one that has ended answers this with an error
         say(started_again(member.name, why))
-        ray.kill(member.handle[0], no_restart=False)
+        ray.kill(actor, no_restart=False)
 
 
 class Watchdog:

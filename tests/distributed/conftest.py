@@ -49,6 +49,34 @@ def ray_run(tiny_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
+def pooled(tiny_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """pooled({"method.n": 1}): two trainers, two generators and two reward replicas, on-policy, on 4 CPUs."""
+    storage = str(tmp_path_factory.mktemp("storage"))
+
+    def make(changes: dict[str, Any] | None = None, method: str = "draft_lv") -> Run:
+        return tiny_run(
+            method,
+            {
+                "storage": storage,
+                "model.kind": "tests.distributed.faulty",
+                "rewards": {"blue": {"kind": "tests.distributed.steered"}, "mirror": {"kind": "symmetry", "weight": 0.3}},
+                "evaluate": {"images": 4, "every": 2, "grid": 0, "rewards": {"size": {"kind": "jpeg_size"}}},
+                "batch": {"size": 4, "micro": 1},
+                "generation.max_staleness": 0,
+                "train": {"updates": 3, "checkpoint_every": 1},
+                "pools.train": {"replicas": 2, "num_cpus": 0.5},
+                "pools.generate": {"replicas": 2, "num_cpus": 0.5},
+                "pools.reward": {"replicas": 2, "num_cpus": 0.25},
+                "generation.where": "pool",
+                "rewards.where": "pool",
+                **(changes or {}),
+            },
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
 def uninterrupted(cluster: str, ray_run: Callable[..., Run]) -> Result:
     return train(ray_run())
 

@@ -1,8 +1,6 @@
 """Whole runs with pools: the same numbers as without, and what happens when a part of them dies, lies or fails."""
 
-import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -13,66 +11,21 @@ import pytest
 
 from raydiff.config import Run, override
 from raydiff.core.policy import NonFiniteReward, RewardFailed
-from raydiff.distributed import checkpoint, launch
+from raydiff.distributed import launch
 from raydiff.distributed.launch import Result, train
-from raydiff.distributed.storage import Folder
 from raydiff.distributed.weights import SyncError
 from raydiff.local import fit
 from tests.distributed.conftest import wait_for
+from tests.distributed.pools import assert_equal_step_by_step, history, signal_one
 from tests.distributed.test_train import adapter, distance
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 MakeRun = Callable[..., Run]
-UPDATES = 3
-BOTH = {"generation.where": "pool", "rewards.where": "pool"}
-
-
-@pytest.fixture(scope="module")
-def pooled(tiny_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
-    """pooled({"method.n": 1}): two trainers, two generators and two reward replicas, on-policy, on 4 CPUs."""
-    storage = str(tmp_path_factory.mktemp("storage"))
-
-    def make(changes: dict[str, Any] | None = None, method: str = "draft_lv") -> Run:
-        return tiny_run(
-            method,
-            {
-                "storage": storage,
-                "model.kind": "tests.distributed.faulty",
-                "rewards": {"blue": {"kind": "tests.distributed.steered"}, "mirror": {"kind": "symmetry", "weight": 0.3}},
-                "evaluate": {"images": 4, "every": 2, "grid": 0, "rewards": {"size": {"kind": "jpeg_size"}}},
-                "batch": {"size": 4, "micro": 1},
-                "generation.max_staleness": 0,
-                "train": {"updates": UPDATES, "checkpoint_every": 1},
-                "pools.train": {"replicas": 2, "num_cpus": 0.5},
-                "pools.generate": {"replicas": 2, "num_cpus": 0.5},
-                "pools.reward": {"replicas": 2, "num_cpus": 0.25},
-                **BOTH,
-                **(changes or {}),
-            },
-        )
-
-    return make
 
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: str, pooled: MakeRun) -> Result:
     return train(pooled())
-
-
-def history(result: Result) -> list[dict[str, float]]:
-    last = checkpoint.latest(Folder(result.folder))
-    assert last is not None
-    return last.history
-
-
-def assert_equal_step_by_step(result: Result, reference: list[dict[str, float]], near_zero: float = 0.0) -> None:
-    """The metrics of `reference`, at each step; counts of calls included. Those that cancel out are equal to `near_zero`."""
-    ours = history(result)
-    assert [row["step"] for row in ours] == [row["step"] for row in reference]
-    for mine, theirs in zip(ours, reference, strict=True):
-        for name in theirs.keys() - {"seconds"}:
-            if not name.startswith("pools/"):
-                assert mine[name] == pytest.approx(theirs[name], rel=1e-5, abs=near_zero), (theirs["step"], name)
 
 
 def test_pools_equal_fit(undisturbed: Result, pooled: MakeRun) -> None:
@@ -262,7 +215,7 @@ def test_killed_scorer_and_learner_change_nothing(cluster: str, pooled: MakeRun,
     def kill() -> None:
         wait_for(lambda: next((p for p in found() if p.stat().st_mtime > started), None))
         for name in ("MapBatches(Scorer)", "RayTrainWorker"):
-            killed.append(kill_one(name))
+            killed.append(signal_one(name, signal.SIGKILL))
             time.sleep(3)
 
     started = time.time()
@@ -272,11 +225,3 @@ def test_killed_scorer_and_learner_change_nothing(cluster: str, pooled: MakeRun,
     thread.join()
     assert len(killed) == 2
     assert_equal_step_by_step(result, calm)
-
-
-def kill_one(name: str) -> str:
-    """Kill a process of this machine's Ray cluster by its title."""
-    lines = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
-    found = next(line for line in lines if name in line and "ray::" in line)
-    os.kill(int(found.split()[0]), signal.SIGKILL)
-    return found
