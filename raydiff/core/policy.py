@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,12 @@ class LatentModel(Protocol):
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters to optimise, by the name that a checkpoint gives them."""
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Every network that lies in memory, by name, adapter and frozen copy included."""
+
+    def settings(self) -> dict[str, Any]:
+        """What decides its results beside networks' weights, by name: text or JSON."""
 
 
 @dataclass

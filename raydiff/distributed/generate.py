@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from raydiff import fingerprint
 from raydiff.config import ConfigError, Run
 from raydiff.contents import Contents
 from raydiff.core.rollouts import Rollouts
@@ -49,6 +51,7 @@ class Generator:
         self.store, self.attempt = store, attempt
         self.version: int | None = None
         self.digest, self.probe = "", np.zeros(weights.PROBE, np.float32)
+        self.base: dict[str, str] = {}  # digests of what is not trained
         self.beat = Beat(store, attempt, "generator", self.run.train.timeout)
         with self.beat.busy():
             self.load()
@@ -73,6 +76,7 @@ class Generator:
     def load(self) -> None:
         place = device(self.run.pools.generate.num_cpus)
         self.session = Session(self.run, place, scores=Scores(_no_rewards, _no_rewards))
+        self.base = fingerprint.of_model(self.session.model)
 
     def sample(self, ticket: int) -> rows.Columns:
         """The rows of a ticket, with pictures where the reward pool is to score them."""
@@ -88,7 +92,7 @@ class Generator:
         """Rows that say which weights they were sampled with."""
         assert self.version is not None
         rollouts = replace(rollouts, version=self.version, digest=self.digest)
-        return rows.to_columns(rollouts, ticket, probe=self.probe, **same)
+        return rows.to_columns(rollouts, ticket, probe=self.probe, base=json.dumps(self.base), **same)
 
     @torch.no_grad()
     def decoded(self, rollouts: Rollouts) -> np.ndarray:

@@ -134,7 +134,7 @@ class Members:
 
 
 def end(member: Member, why: str, say: Say) -> None:
-    """Kill a member that hangs, unless it went with its node, or has ended: Ray Data lets an actor go that has no more to do."""
+    """Kill a member that hangs, unless it went with its node, or has ended: Ray Data lets actors go that have no more to do."""
     import ray
 
     if not any(node["Alive"] and node["NodeID"] == member.node for node in ray.nodes()):

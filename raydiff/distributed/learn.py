@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from raydiff import contents, pictures, watch
+from raydiff import contents, fingerprint, pictures, watch
 from raydiff.config import ConfigError, Run
 from raydiff.contents import Contents
 from raydiff.core.policy import Calls
@@ -29,6 +29,7 @@ from raydiff.distributed.ranks import AgreedLoss, Ranks, Refused
 from raydiff.distributed.score import RewardClient
 from raydiff.distributed.storage import PATIENCE, Folder
 from raydiff.distributed.tracking import Record
+from raydiff.distributed.weights import SyncError
 from raydiff.session import Picture, Session, summary
 from raydiff.watch import Best
 
@@ -122,7 +123,7 @@ class Worker:
         self.engine = ZeroEngine(self.session, weights=saved.get("parameters"))
         if found:
             self.resume(found, saved)
-        self.stream = Stream(self.session, store, ranks) if run.generation.where == "pool" else None
+        self.stream = Stream(self.session, store, ranks, self.base) if run.generation.where == "pool" else None
         self.meter = Meter()
 
     def compare(self, held: Contents) -> None:
@@ -133,9 +134,12 @@ class Worker:
             if self.ranks.rank == 0 or self.run.method.judged:  # encoded pairs are the same files for all
                 more.append("pairs")
             mine = held.check_session(self.session, *more)
-        first = self.ranks.gather(mine)[0]
+            self.base = fingerprint.of_model(self.session.model)
+        first, bases = self.ranks.gather(mine)[0], self.ranks.gather(self.base)
         with self.ranks.agreed():
             Contents(first).compare(mine)
+            if others := [name for name, digest in bases[0].items() if bases[self.ranks.rank].get(name) != digest]:
+                raise SyncError(f"trainer {self.ranks.rank} holds another {', '.join(others)} than trainer 0")
             if self.ranks.rank == 0 and first.keys() - held.digests.keys():
                 self.folder.write(contents.FILE, held.joined(first).dump().encode())
 

@@ -5,10 +5,11 @@ Its settings are those under which Ray Data neither deadlocks nor lets samples g
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -146,10 +147,11 @@ class Stream:
     `publish` and `batches` are collective.
     """
 
-    def __init__(self, session: Session, store: Any, ranks: Ranks) -> None:
+    def __init__(self, session: Session, store: Any, ranks: Ranks, base: Mapping[str, str]) -> None:
+        """`base`: digests of what this worker holds and does not train."""
         import ray.train
 
-        self.session, self.store, self.ranks = session, store, ranks
+        self.session, self.store, self.ranks, self.base = session, store, ranks, base
         self.run, self.blocks = session.run, blocks(session.run)
         self.attempt, self.generators = ray.get(store.current.remote())
         self.digests: dict[int, str] = {}
@@ -257,6 +259,12 @@ class Stream:
             raise SyncError(
                 f"update {step}: its samples are from weights of version {version}, {staleness} updates old, and"
                 f" generation.max_staleness = {most}: a generator does not take up new weights"
+            )
+        base = json.loads(str(columns["base"][0]))
+        if others := [name for name, digest in self.base.items() if base.get(name) != digest]:
+            raise SyncError(
+                f"update {step}: a generator holds another {', '.join(others)} than the trainer, and no update would change"
+                " that: were the model's files replaced for a while, or does its family build another one there?"
             )
         given = str(columns["digest"][0])
         if self.digests.get(version) != given:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raydiff import placement
+from raydiff import fingerprint, placement
 from raydiff.config import Run
 from raydiff.contents import Contents, digests
 from raydiff.core.policy import checked
@@ -25,6 +25,7 @@ from raydiff.distributed import hangs, rows
 from raydiff.distributed.generate import device, fault_of
 from raydiff.distributed.hangs import Beat, started_again
 from raydiff.distributed.ranks import PoolLost, plain
+from raydiff.distributed.weights import SyncError
 from raydiff.session import Scores, weights
 
 RESTARTS = 10  # of one actor; without an end, a crash at every start would loop for ever
@@ -38,6 +39,7 @@ class Group:
     names: tuple[str, ...]
     replicas: tuple[Any, ...]
     loaded: dict[str, str] = field(default_factory=dict)  # digests of their files
+    held: dict[str, str] = field(default_factory=dict)  # of each reward in memory
 
     def __str__(self) -> str:
         return ", ".join(map(repr, self.names))
@@ -61,6 +63,7 @@ class _Request:
 class _Answer:
     parts: dict[str, np.ndarray]  # (B,)
     gradient: np.ndarray | None  # of the weighted sum, (B,3,H,W)
+    held: dict[str, str] = field(default_factory=dict)  # digest of each reward of the replica
     busy: float = 0.0  # seconds, the request's share
     idle: float = 0.0  # seconds that the replica had been waiting
 
@@ -81,17 +84,18 @@ class RewardReplica:
         tables = [f"rewards.{name}" if name in self.trained else f"evaluate.rewards.{name}" for name in names]
         held = Contents({}) if contents is None else Contents.load(contents)
         self.loaded = digests(config, tables)
+        self.held = {name: fingerprint.of_reward(reward) for name, reward in self.rewards.items()}
         self.fault = fault_of(lambda: held.compare(self.loaded))
         self.waiting: list[_Request] = []
         self.turn = asyncio.Lock()
         self.free_since = time.monotonic()
         self.busy_since: float | None = None
 
-    async def ready(self) -> dict[str, str]:
-        """Answers when the rewards are loaded, with the digests of their files."""
+    async def ready(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Answers when the rewards are loaded, with the digests of their files, and of each reward in memory."""
         if self.fault is not None:
             raise self.fault
-        return self.loaded
+        return self.loaded, self.held
 
     async def busy(self) -> float:
         """Seconds that the rewards have been working at one batch, 0 when they are not: whoever waits asks this."""
@@ -122,6 +126,7 @@ class RewardReplica:
         end, self.busy_since = time.monotonic(), None
         for request, answer in zip(batch, answers, strict=True):
             if isinstance(answer, _Answer):
+                answer.held = self.held
                 answer.busy = (end - start) * len(request.prompts) / size
                 answer.idle = (start - self.free_since) * len(request.prompts) / size
             request.answer.set_result(answer)
@@ -276,6 +281,7 @@ class RewardClient:
             first, given = share_of.first, share_of.answer()
             if isinstance(given, RewardError):
                 raise RewardError(given.name, given.message, None if given.row is None else first + given.row)
+            _require_same(share_of.group, given.held)
             for name, values in given.parts.items():
                 parts.setdefault(name, np.zeros(len(prompts), values.dtype))[first : first + len(values)] = values
             if given.gradient is not None:
@@ -331,10 +337,21 @@ def start(run: Run, nodes: Sequence[placement.Node], held: Contents | None = Non
 
 def _loaded(group: Group) -> Group:
     """The group when all its replicas have loaded."""
-    first, *others = (_answer(ref, group) for ref in [replica.ready.remote() for replica in group.replicas])
-    for other in others:
-        Contents(first).compare(other)
-    return replace(group, loaded=first)
+    (files, held), *others = (_answer(ref, group) for ref in [replica.ready.remote() for replica in group.replicas])
+    loaded = replace(group, loaded=files, held=held)
+    for other_files, other_held in others:
+        Contents(files).compare(other_files)
+        _require_same(loaded, other_held)
+    return loaded
+
+
+def _require_same(group: Group, held: Mapping[str, str]) -> None:
+    """Raise SyncError when a replica holds another reward than the group's first one did at the start."""
+    if others := [name for name, digest in group.held.items() if held.get(name) != digest]:
+        raise SyncError(
+            f"a reward replica holds other weights of {', '.join(map(repr, others))} than the pool did at the start: were its"
+            " files replaced for a while, or does it draw weights at random?"
+        )
 
 
 def client(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -230,6 +231,20 @@ class StableDiffusion:
     def trained(self) -> dict[str, nn.Parameter]:
         return dict(self._trained)
 
+    def parts(self) -> dict[str, nn.Module]:
+        """Every network that lies in memory, by name, adapter and frozen copy included."""
+        frozen = {} if self._frozen is None else {"reference unet": self._frozen}
+        return {"unet": self.pipe.unet, "vae": self.pipe.vae, "text_encoder": self.pipe.text_encoder, **frozen}
+
+    def settings(self) -> dict[str, Any]:
+        """Of the tokenizer, the scheduler and the networks."""
+        networks = {"unet": self.pipe.unet, "vae": self.pipe.vae, "text_encoder": self.pipe.text_encoder}
+        configs = {name: _plain(network.config) for name, network in networks.items()}
+        tokenizer = self.pipe.tokenizer
+        words = getattr(tokenizer, "backend_tokenizer", None)
+        text = words.to_str() if words else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+        return configs | {"scheduler": _plain(self.pipe.scheduler.config), "tokenizer": text}
+
     @torch.no_grad()
     def embed(self, prompts: Sequence[str], guidance: float) -> Tensor:
         """Text states, (B,L,D), or (2B,L,D) with the empty prompt's first when guidance is not 1."""
@@ -317,10 +332,11 @@ class Skeleton(StableDiffusion):
         rows = len(prompts) if guidance == 1 else 2 * len(prompts)
         return torch.empty(rows, length, self.pipe.unet.config.cross_attention_dim, device="meta", dtype=self.dtype)
 
-    def parts(self) -> dict[str, nn.Module]:
-        """Everything that lies in memory, adapter and frozen copy included."""
-        frozen = {} if self._frozen is None else {"reference unet": self._frozen}
-        return {"unet": self.pipe.unet, "vae": self.pipe.vae, "text_encoder": self.pipe.text_encoder, **frozen}
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A config's values, without where it was read and by which version."""
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return {name: value for name, value in values.items() if not name.startswith("_") and name != "transformers_version"}
 
 
 class _UnitClamp(torch.autograd.Function):

@@ -87,6 +87,12 @@ class _StubModel:
     def decode(self, latents: Tensor) -> Tensor:
         return latents.expand(-1, 3, -1, -1)
 
+    def parts(self) -> dict[str, nn.Module]:
+        return {"denoiser": self.denoiser}
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
     def encode(self, images: Tensor) -> Tensor:
         return images[:, :1]
 

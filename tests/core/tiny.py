@@ -73,6 +73,12 @@ class Model:
     def trained(self) -> dict[str, nn.Parameter]:
         return {"delta": self.denoiser.delta}
 
+    def parts(self) -> dict[str, nn.Module]:
+        return {"network": self.denoiser}
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
 
 class Tiny(ModelConfig):
     """The model of a run whose numbers are compared to more digits than float32 has."""
