@@ -61,6 +61,7 @@ train.updates, which a linear or cosine learning-rate schedule depends on. evalu
 would have kept are gone."""
 
 _INDEX, _FORMAT = "checkpoint.json", 3
+FINISHED = "finished.json"  # in the folder of a run that has made all its updates
 
 
 class Unusable(ValueError):

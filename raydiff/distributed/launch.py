@@ -171,12 +171,14 @@ def _carried_out(
     run: Run, folder: Folder, mine: Lease, held: Contents, tracker: Tracker, use_gpu: bool, progress: Progress
 ) -> dict[str, Any]:
     """Start pools and workers, and follow them to the end: what `learn.work` returned."""
+    import ray
+
     if short := _not_free(run):
         progress.say(f"waiting for {short}: other work holds them")
     board = _board(tracker, folder)
     progress.attach(board)
     store = _store(run, folder) if "pool" in (run.generation.where, run.rewards.where) else None
-    status, said = "FAILED", dict[str, str]()
+    status, said, rewards = "FAILED", dict[str, str](), list[Group]()
     try:
         progress.waiting("loading rewards")
         rewards = score.start(run, cluster_nodes(), held) if run.rewards.where == "pool" else []
@@ -196,6 +198,8 @@ def _carried_out(
         raise
     finally:
         _close(board, tracker, folder, status, said, progress)
+        for actor in [board, *([store] if store else []), *(replica for group in rewards for replica in group.replicas)]:
+            ray.kill(actor)  # now, and not when the last handle goes: a notebook goes on
     return outcome
 
 
@@ -248,7 +252,7 @@ def _resumed(run: Run, resume: str | Path) -> Folder:
         there = f"; there are {', '.join(names[-5:])}" if names else ""
         raise ConfigError(f"resume = {text!r}: no run was started in {folder}{there}")
     checkpoint.check_same_run(before, run)
-    if (finished := folder.json_or_none(learn.FINISHED)) is not None:
+    if (finished := folder.json_or_none(checkpoint.FINISHED)) is not None:
         stopped = finished["stopped_by"] if run.train.stop_when == Run.model_validate(before).train.stop_when else None
         if finished["updates"] >= run.train.updates or stopped:
             way_out = f"It was stopped by {stopped}; another train.stop_when" if stopped else "A larger train.updates"
@@ -466,7 +470,6 @@ def _close(board: Any, tracker: Tracker, folder: Folder, status: str, tags: dict
         left = f"MLflow at {tracker.uri}: {error}"
     if left:
         progress.say(f"{left}\nraydiff log {folder} sends what is missing, when it answers again")
-    ray.kill(board)
 
 
 def _finished(run: Run, folder: Folder, tracker: Tracker, outcome: dict[str, Any]) -> Result:
@@ -484,7 +487,7 @@ def _finished(run: Run, folder: Folder, tracker: Tracker, outcome: dict[str, Any
         mlflow_uri=tracker.uri,
         mlflow_run_id=tracker.run_id,
     )
-    updates = folder.read_json(learn.FINISHED)["updates"]
+    updates = folder.read_json(checkpoint.FINISHED)["updates"]
     lines = [f"finished {updates} updates in {duration(outcome['seconds'])}"]
     if result.stopped_by:
         lines[0] += f" of {run.train.updates}, stopped by {result.stopped_by}"

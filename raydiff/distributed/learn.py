@@ -20,7 +20,7 @@ from raydiff.config import ConfigError, Run
 from raydiff.contents import Contents
 from raydiff.core.policy import Calls
 from raydiff.distributed import checkpoint, lease, score
-from raydiff.distributed.checkpoint import Checkpoint
+from raydiff.distributed.checkpoint import FINISHED, Checkpoint
 from raydiff.distributed.engine import ZeroEngine
 from raydiff.distributed.hangs import Watchdog, started_again
 from raydiff.distributed.meter import Meter
@@ -36,7 +36,6 @@ from raydiff.watch import Best
 BEFORE = "pictures/before"  # .safetensors and .json: the untrained model's, for the grid at the end
 GRID = "pictures/before_after.png"
 ADAPTER, BEST = "adapter", "adapter_best"
-FINISHED = "finished.json"
 _SETTLE = 60.0  # seconds that the end of a run waits for a board that is away
 
 

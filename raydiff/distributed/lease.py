@@ -14,7 +14,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from pathlib import Path
@@ -119,6 +119,17 @@ def holds(folder: Folder, token: str, path: str = FILE) -> bool:
     """Whether the lease of a folder is still this token's."""
     found = _read(folder, path)
     return found is not None and found.get("token") == token
+
+
+def abandoned(folders: Sequence[Folder], patience: float = EXPIRY) -> list[Folder]:
+    """Those that nobody works on: without a lease, or with that of a process of this machine that has ended; and after
+    `patience` seconds, if need be, those whose lease is of another machine and has not moved meanwhile."""
+    before = [(folder, _read(folder, FILE)) for folder in folders]
+    found = [folder for folder, record in before if record is None or _gone(record)]
+    others = [(f, record) for f, record in before if record is not None and record.get("machine") != _machine()]
+    if others:
+        time.sleep(patience)
+    return found + [folder for folder, record in others if _read(folder, FILE) in (None, record)]
 
 
 def require(folder: Folder, token: str, patience: float = 2 * BEAT) -> None:

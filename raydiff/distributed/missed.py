@@ -28,6 +28,6 @@ def send(folder: str) -> Tracker:
     board.add(board.token, newest.history if newest else [], files)
     if fault := board.flush():
         raise ConfigError(f"tracking.uri: {fault}")
-    ended = where.json_or_none(learn.FINISHED)
+    ended = where.json_or_none(checkpoint.FINISHED)
     tracker.finish("KILLED" if ended is None else "FINISHED", tags(ended or {}))
     return tracker

@@ -182,7 +182,7 @@ class _Asked:
         """Raises PoolLost when the replica died too often."""
         import ray
 
-        patience, silent = min(_PATIENCE, self.client.limit / 2), self.client.silent
+        patience, silent = min(_PATIENCE, self.client.limit / 4), self.client.silent
         while not ray.wait([self.ref], timeout=patience)[0]:
             self.client.waits()
             if self.replica not in silent:

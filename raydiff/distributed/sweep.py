@@ -19,7 +19,7 @@ import rich
 from raydiff import contents, placement
 from raydiff.config import ConfigError, Run, dump, override
 from raydiff.contents import Contents
-from raydiff.distributed import checkpoint, cluster, launch, learn, sweep_report, tracking
+from raydiff.distributed import checkpoint, cluster, launch, sweep_report, tracking
 from raydiff.distributed.lease import Lease
 from raydiff.distributed.progress import Progress
 from raydiff.distributed.storage import Folder
@@ -154,7 +154,7 @@ def _held(examples: Sequence[Run], folder: Folder, *, resumed: bool) -> Contents
 
 def _parent(config: Sweep, base: Run, folder: Folder, uri: str) -> tracking.Tracker:
     fields = config.model_dump(mode="json", exclude_unset=True, exclude={"name", "content"})
-    return tracking.open_run(uri, tracking.prepare(base), folder.name, fields)
+    return tracking.open_run(uri, tracking.prepare(base), folder.name, fields, {tracking.FOLDER_TAG: folder.uri})
 
 
 def _tuner(config: Sweep, examples: Sequence[Run], folder: Folder, job: dict[str, str], most: int, restored: bool) -> Any:
@@ -285,7 +285,7 @@ def _outcome(config: Sweep, folder: Folder, result: Any) -> Outcome:
         Point(update, int(row[_QUERIES]), float(row[_OBJECTIVE]), float(row[config.metric]))
         for update, row in sorted(rows.items())
     ]
-    finished = (folder / trial).json_or_none(learn.FINISHED) is not None
+    finished = (folder / trial).json_or_none(checkpoint.FINISHED) is not None
     status = "finished" if finished else "failed" if result.error else "stopped early"
     return Outcome(
         trial, status, _values(result.config), points, str(result.error).strip().splitlines()[-1] if result.error else ""

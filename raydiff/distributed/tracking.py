@@ -16,16 +16,19 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raydiff import drafts
 from raydiff.config import ConfigError, Run, Tracking, flat
+from raydiff.distributed import checkpoint, lease
 from raydiff.distributed.storage import Folder
 from raydiff.preflight import metrics_fault, unquotable
 
 NAME_TAG, BEST_TAG, STOPPED_TAG = "raydiff.name", "raydiff.best", "raydiff.stopped_by"
+FOLDER_TAG = "raydiff.folder"
 _LONGEST = 6000  # characters of a parameter's value
 _AT_ONCE = 100  # parameters in one request
 _BRIEF = 20.0  # seconds that a worker waits for the board, once
@@ -128,10 +131,14 @@ def experiment(uri: str, name: str, folder: Folder) -> str:
 def open_run(
     uri: str, experiment_id: str, name: str, fields: Mapping[str, Any], tags: Mapping[str, str] | None = None
 ) -> Tracker:
-    """A running MLflow run: found by its name's tag, or made with `fields` as parameters."""
+    """A running MLflow run: found by its name's tag, or made with `fields` as parameters.
+
+    The experiment's other runs whose driver was killed, and which still are RUNNING, are ended.
+    """
     from mlflow.entities import Param
 
     client = _client(uri)
+    threading.Thread(target=end_abandoned, args=(uri, experiment_id), daemon=True, name="raydiff-abandoned").start()
     if found := _named(client, experiment_id, name):
         client.update_run(found[0].info.run_id, status="RUNNING")
         return Tracker(uri, found[0].info.run_id)
@@ -140,6 +147,22 @@ def open_run(
     for i in range(0, len(params), _AT_ONCE):
         _warn(_all_but_refused(lambda some: client.log_batch(run_id, params=some), params[i : i + _AT_ONCE]))
     return Tracker(uri, run_id)
+
+
+def end_abandoned(uri: str, experiment_id: str, patience: float = lease.EXPIRY) -> None:
+    """End the RUNNING runs of an experiment whose folder nobody works on any more: their driver was killed, and could not.
+
+    Of a driver on another host this takes `patience` seconds. What MLflow or a storage refuses stays as it is.
+    """
+    from mlflow.exceptions import MlflowException
+
+    client = _client(uri)
+    with suppress(MlflowException, OSError, ValueError):
+        running = client.search_runs([experiment_id], "attributes.status = 'RUNNING'", max_results=1000)
+        runs = {run.data.tags[FOLDER_TAG]: run.info.run_id for run in running if FOLDER_TAG in run.data.tags}
+        for folder in lease.abandoned([Folder(uri) for uri in runs], patience):
+            if client.get_run(run_id := runs[folder.uri]).info.status == "RUNNING":
+                client.set_terminated(run_id, "KILLED" if folder.size(checkpoint.FINISHED) is None else "FINISHED")
 
 
 def _named(client: Any, experiment_id: str, name: str) -> Any:
@@ -188,7 +211,7 @@ def _warn(refused: Mapping[str, str]) -> None:
 
 def start(run: Run, experiment_id: str, name: str, folder: Folder, tags: Mapping[str, str] | None = None) -> Tracker:
     """The MLflow run of a started run, with the run's fields as parameters."""
-    tracker = open_run(uri(run), experiment_id, name, flat(run), tags)
+    tracker = open_run(uri(run), experiment_id, name, flat(run), {FOLDER_TAG: folder.uri, **(tags or {})})
     tracker.file(folder, "run.json")
     return tracker
 

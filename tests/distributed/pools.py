@@ -34,7 +34,7 @@ def found(title: str) -> list[int]:
 
 
 def signal_one(title: str, number: signal.Signals) -> int:
-    """Send a signal to the first of them, and return its number."""
-    pid = found(title)[0]
+    """Send a signal to the newest of them, and return its number."""
+    pid = found(title)[-1]
     os.kill(pid, number)
     return pid

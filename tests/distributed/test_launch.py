@@ -13,6 +13,7 @@ from rich.console import Console
 from raydiff.config import ConfigError, Run
 from raydiff.distributed import launch, tracking
 from raydiff.distributed.launch import _fresh, preflight
+from raydiff.distributed.lease import Lease
 from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.storage import Folder
 from raydiff.distributed.tracking import Board, Tracker
@@ -63,9 +64,9 @@ def test_board_logs_each_step_once_and_catches_up(tiny_run: MakeRun, tmp_path: P
     folder.write("run.json", b"{}")
     tracker = tracking.start(run, tracking.prepare(run), folder.name, folder)
     first = Board(tracker, folder.uri)
-    first.add([{"step": 1, "seconds": 1.0, "loss": 0.5}], [])
-    first.add([{"step": 1, "seconds": 1.0, "loss": 0.5}, {"step": 2, "seconds": 2.0, "loss": 0.25}], [])
-    assert [row["step"] for row in first.since(0)] == [1, 2]
+    first.add(first.token, [{"step": 1, "seconds": 1.0, "loss": 0.5}], [])
+    first.add(first.token, [{"step": 1, "seconds": 1.0, "loss": 0.5}, {"step": 2, "seconds": 2.0, "loss": 0.25}], [])
+    assert [row["step"] for row in first.since("", 0)[1]] == [1, 2]
     first.settle(60)
     assert [m.value for m in tracker.client().get_metric_history(tracker.run_id, "loss")] == [0.5, 0.25]
     assert first.flush() is None
@@ -75,18 +76,67 @@ def test_board_logs_each_step_once_and_catches_up(tiny_run: MakeRun, tmp_path: P
     assert again == tracker
     folder.write("pictures/grid.png", b"png")
     second = Board(again, folder.uri)
-    second.add([{"step": step, "seconds": float(step), "loss": 1 / step} for step in (1, 2, 3)], ["pictures/grid.png"])
+    second.add(
+        second.token, [{"step": step, "seconds": float(step), "loss": 1 / step} for step in (1, 2, 3)], ["pictures/grid.png"]
+    )
     assert second.flush() is None
     client = tracker.client()
     assert [(m.step, m.value) for m in client.get_metric_history(tracker.run_id, "loss")] == [(1, 0.5), (2, 0.25), (3, 1 / 3)]
     assert [item.path for item in client.list_artifacts(tracker.run_id, "pictures")] == ["pictures/grid.png"]
 
 
+def test_a_board_that_was_started_again_forgets_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its token says that it is another one; who asks starts from the beginning, and who tells is asked to tell all."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracker = Tracker("http://127.0.0.1:9", "0")  # nobody listens there
+    rows = [{"step": step, "seconds": 10.0 * step} for step in range(5)]
+    first, second = Board(tracker, str(tmp_path)), Board(tracker, str(tmp_path))
+    first.add(first.token, rows[:3], [])
+    token, news = first.since("", 0)
+    assert (token, news) == (first.token, rows[:3])
+    assert second.add(token, rows[3:4], []) == second.token  # not added: the ones before would be missing
+    assert second.since(token, 3, stopping=True) == (second.token, [])
+    assert second.must_stop()
+    second.add(second.token, rows[:4], [])
+    assert second.since(second.token, 2) == (second.token, rows[2:4])
+    assert second.clock(0.0) == pytest.approx(30, abs=1)  # of the last row that it was told, and not from 0
+    assert first.clock(100.0) == pytest.approx(20, abs=1)
+    fresh = Board(tracker, str(tmp_path))
+    assert fresh.clock(100.0) == pytest.approx(100, abs=1)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_runs_of_killed_drivers_are_ended(tiny_run: MakeRun, tmp_path: Path, finished: bool) -> None:
+    """By the next run in the experiment; those at work stay, and those of another host until their lease stands still."""
+    run = tiny_run(changes={"storage": str(tmp_path)})
+    client, experiment = tracking._client(tracking.uri(run)), tracking.prepare(run)
+    folders = {name: Folder(tmp_path) / name for name in ("killed", "released", "at-work", "elsewhere")}
+    runs = {
+        name: client.create_run(experiment, tags={tracking.FOLDER_TAG: folder.uri}).info.run_id
+        for name, folder in folders.items()
+    }
+    program = (
+        "import os, signal, sys\nfrom raydiff.distributed.lease import Lease\nfrom raydiff.distributed.storage import Folder\n"
+        "Lease(Folder(sys.argv[1])).take(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", program, folders["killed"].uri]).returncode == -9
+    beat = {"token": "x", "host": "h", "machine": "another", "pid": 1, "started": 1, "beat": 3}
+    folders["elsewhere"].write_json("lease.json", beat)
+    if finished:
+        folders["killed"].write_json("finished.json", {})
+    with Lease(folders["at-work"]) as lease:
+        lease.take()
+        tracking.end_abandoned(tracking.uri(run), experiment, patience=0.5)
+        states = {name: client.get_run(run_id).info.status for name, run_id in runs.items()}
+    ended = "FINISHED" if finished else "KILLED"
+    assert states == {"killed": ended, "released": "KILLED", "at-work": "RUNNING", "elsewhere": "KILLED"}
+
+
 def test_board_survives_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     board = Board(Tracker("http://127.0.0.1:9", "0"), str(tmp_path))  # nobody listens there
-    board.add([{"step": 1, "seconds": 1.0}], ["missing.png"])
-    assert board.since(0) == [{"step": 1, "seconds": 1.0}]
+    board.add(board.token, [{"step": 1, "seconds": 1.0}], ["missing.png"])
+    assert board.since("", 0)[1] == [{"step": 1, "seconds": 1.0}]
     board.settle(60)  # does not wait for what failed
     said = board.flush()
     assert said is not None
@@ -105,10 +155,14 @@ def test_what_mlflow_refuses_for_good_is_left_out_and_told_once(
 ) -> None:
     tracker, folder = opened(tiny_run(changes={"storage": str(tmp_path)}), tmp_path)
     board = Board(tracker, folder.uri)
-    board.add([{"step": step, "seconds": float(step), name: 0.5, "loss": 1 / step} for step in (1, 2, 3)], ["nowhere.png"])
+    board.add(
+        board.token,
+        [{"step": step, "seconds": float(step), name: 0.5, "loss": 1 / step} for step in (1, 2, 3)],
+        ["nowhere.png"],
+    )
     board.settle(60)
     folder.write("grid.png", b"png")
-    board.add([], ["grid.png"])
+    board.add(board.token, [], ["grid.png"])
     assert board.flush() is None
     assert len(board.left_out().splitlines()) == 2
     assert f"MLflow refuses {name!r} for good, and it is left out: " in board.left_out()
@@ -124,7 +178,7 @@ def test_a_run_that_mlflow_has_deleted_is_no_fault_of_the_names(tiny_run: MakeRu
     tracker, folder = opened(tiny_run(changes={"storage": str(tmp_path)}), tmp_path)
     tracker.client().delete_run(tracker.run_id)
     board = Board(tracker, folder.uri)
-    board.add([{"step": 1, "seconds": 1.0, "loss": 0.5}], [])
+    board.add(board.token, [{"step": 1, "seconds": 1.0, "loss": 0.5}], [])
     board.settle(60)
     assert board.left_out() == ""
     tracker.client().restore_run(tracker.run_id)
