@@ -19,7 +19,7 @@ from tests.distributed.test_train import distance
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(500)]
 MakeRun = Callable[..., Run]
-LIMIT = 20.0
+LIMIT = 40.0
 
 
 @pytest.fixture(scope="module")
