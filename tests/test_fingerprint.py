@@ -52,9 +52,11 @@ def test_any_part_that_differs_is_named(build: Build, part: str) -> None:
     assert [name for name in ours if theirs[name] != ours[name]] == [part]
 
 
-def test_trained_weights_do_not_count(build: Build) -> None:
+def test_neither_trained_weights_nor_use_count(build: Build) -> None:
     model = build()
     before = fingerprint.of_model(model)
+    model.embed(["a", "a longer prompt than the one before"], 2.0)
+    model.decode(torch.zeros(1, *model.latent_shape))
     with torch.no_grad():
         for p in model.trained().values():
             p.add_(1)

@@ -5,15 +5,12 @@ Its settings are those under which Ray Data neither deadlocks nor lets samples g
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
-
-import numpy as np
 
 from raydiff import placement
 from raydiff.config import Run
@@ -23,16 +20,15 @@ from raydiff.distributed import rows, weights
 from raydiff.distributed.generate import Gate, Generator
 from raydiff.distributed.hangs import beats
 from raydiff.distributed.meter import PREFIX
+from raydiff.distributed.proof import Published
 from raydiff.distributed.ranks import Ranks, plain
 from raydiff.distributed.score import RESTARTS, Group, Scorer, client
-from raydiff.distributed.weights import SyncError
 from raydiff.plan.clusters import cluster_nodes
 from raydiff.session import Session
 
 _STALENESS, _PROBE, _WAIT = (PREFIX + name for name in ("staleness", "probe_error", "learner_waited"))
 _WAITING = 8  # tickets that lie ready at the gate: handing it one takes Ray Data's loop longer than letting one pass
 _PATIENCE = 30.0  # seconds without a block after which a learner looks whether the generators still have room
-_NOISE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}  # relative, of one network on two devices
 
 
 def blocks(run: Run) -> int:
@@ -151,11 +147,10 @@ class Stream:
         """`base`: digests of what this worker holds and does not train."""
         import ray.train
 
-        self.session, self.store, self.ranks, self.base = session, store, ranks, base
+        self.session, self.store, self.ranks = session, store, ranks
         self.run, self.blocks = session.run, blocks(session.run)
         self.attempt, self.generators = ray.get(store.current.remote())
-        self.digests: dict[int, str] = {}
-        self.probes: dict[int, np.ndarray] = {}
+        self.published = Published(session.run, base)
         shard = ray.train.get_dataset_shard("train")
         # A batch is a block; prefetching would let blocks grow old in a buffer, and at staleness 0 wait for ever.
         self.iterator = iter(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
@@ -170,9 +165,8 @@ class Stream:
 
         start = time.monotonic()
         arrays = weights.to_numpy(trained)
-        self.digests[version] = weights.digest(arrays)  # every rank has the same weights, so no rank has to ask
-        self.probes = {v: p for v, p in self.probes.items() if v >= version - self.run.generation.max_staleness}
-        self.probes[version] = weights.probe(self.session)
+        # Every rank has the same weights, so no rank has to ask.
+        self.published.add(version, weights.digest(arrays), weights.probe(self.session))
         if self.ranks.rank == 0:
             ray.get(self.store.publish.remote(self.attempt, version, arrays, self.consumed))
         if not self.started:
@@ -188,7 +182,9 @@ class Stream:
             with self.ranks.agreed():
                 columns, lost = self._next()
                 if lost is None:
-                    self._check(columns, step, step * self.blocks + a * geometry.workers + rank)
+                    staleness, error = self.published.check(columns, step, step * self.blocks + a * geometry.workers + rank)
+                    self.metrics[_STALENESS] += staleness / geometry.accumulation
+                    self.metrics[_PROBE] = max(self.metrics[_PROBE], error)
             if lost is not None:
                 raise lost  # Ray starts the workers again
             self.metrics[_WAIT] += time.monotonic() - start
@@ -248,35 +244,3 @@ class Stream:
                 " start again; when samples take as long as that, set train.timeout to more"
             )
         return since
-
-    def _check(self, columns: rows.Columns, step: int, expected: int) -> None:
-        """Raise SyncError unless this is the block that is due, of weights that are young enough and were published."""
-        ticket, version = int(columns["ticket"][0]), int(columns["version"][0])
-        if ticket != expected:
-            raise SyncError(f"update {step}: block {ticket} came where {expected} was due; no sample may be lost or used twice")
-        staleness, most = step - version, self.run.generation.max_staleness
-        if not 0 <= staleness <= most:
-            raise SyncError(
-                f"update {step}: its samples are from weights of version {version}, {staleness} updates old, and"
-                f" generation.max_staleness = {most}: a generator does not take up new weights"
-            )
-        base = json.loads(str(columns["base"][0]))
-        if others := [name for name, digest in self.base.items() if base.get(name) != digest]:
-            raise SyncError(
-                f"update {step}: a generator holds another {', '.join(others)} than the trainer, and no update would change"
-                " that: were the model's files replaced for a while, or does its family build another one there?"
-            )
-        given = str(columns["digest"][0])
-        if self.digests.get(version) != given:
-            raise SyncError(
-                f"update {step}: a generator holds weights of digest {given} and calls them version {version}, which was"
-                f" published as {self.digests.get(version)}: the weights did not arrive"
-            )
-        error = weights.probe_error(columns["probe"][0], self.probes[version])
-        if error > _NOISE[self.run.model.dtype]:
-            raise SyncError(
-                f"update {step}: a generator holds the weights of version {version}, but its network answers as if it did not"
-                f" (relative difference {error:.1e} on the probe, at most {_NOISE[self.run.model.dtype]:.0e} is rounding)"
-            )
-        self.metrics[_STALENESS] += staleness / self.session.geometry.accumulation
-        self.metrics[_PROBE] = max(self.metrics[_PROBE], error)

@@ -1,8 +1,4 @@
-"""Weights on their way from the learner to the generation pool, and the proof that they arrive.
-
-A sync that silently does nothing trains on samples of the wrong model while every curve looks alive. So a generator computes a
-digest of the weights that it holds, and the output of its network on a fixed probe; the learner compares both with its own.
-"""
+"""Weights on their way from the learner to the generation pool. proof.py compares what arrives."""
 
 from __future__ import annotations
 

@@ -240,10 +240,7 @@ class StableDiffusion:
         """Of the tokenizer, the scheduler and the networks."""
         networks = {"unet": self.pipe.unet, "vae": self.pipe.vae, "text_encoder": self.pipe.text_encoder}
         configs = {name: _plain(network.config) for name, network in networks.items()}
-        tokenizer = self.pipe.tokenizer
-        words = getattr(tokenizer, "backend_tokenizer", None)
-        text = words.to_str() if words else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-        return configs | {"scheduler": _plain(self.pipe.scheduler.config), "tokenizer": text}
+        return configs | {"scheduler": _plain(self.pipe.scheduler.config), "tokenizer": _words(self.pipe.tokenizer)}
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str], guidance: float) -> Tensor:
@@ -331,6 +328,13 @@ class Skeleton(StableDiffusion):
         length = self.pipe.text_encoder.config.max_position_embeddings
         rows = len(prompts) if guidance == 1 else 2 * len(prompts)
         return torch.empty(rows, length, self.pipe.unet.config.cross_attention_dim, device="meta", dtype=self.dtype)
+
+
+def _words(tokenizer: Any) -> dict[str, Any]:
+    """What decides a tokenizer's tokens: not how the last call padded and cut, which it remembers."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend else tokenizer.get_vocab()
+    return {**rules, "padding": None, "truncation": None, "longest": tokenizer.model_max_length}
 
 
 def _plain(config: Any) -> dict[str, Any]:
