@@ -1,7 +1,10 @@
 """What hangs is started again: each role of a run, stopped for good at some instant, and the run goes on to the same numbers."""
 
+import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +14,8 @@ from typing import Any
 import pytest
 
 from raydiff.config import Run
-from raydiff.distributed import launch, tracking
+from raydiff.distributed import launch, missed, tracking
+from raydiff.distributed.hangs import Asked, Member, Members
 from raydiff.distributed.launch import Result, train
 from tests.distributed.conftest import wait_for
 from tests.distributed.pools import assert_equal_step_by_step, found, history, signal_one
@@ -75,6 +79,111 @@ def test_what_is_stopped_for_good_is_started_again(
         assert again[0].startswith(named)
     assert_equal_step_by_step(result, history(undisturbed))
     assert distance(result, undisturbed) < 1e-5
+    if title == "RayTrainWorker":
+        assert history(result)[-1]["seconds"] > LIMIT  # the lost attempt counts
+    assert_logged_once(result, undisturbed)
+
+
+def assert_logged_once(result: Result, undisturbed: Result) -> None:
     client = tracking.Tracker(result.mlflow_uri, result.mlflow_run_id).client()
     steps = [m.step for m in client.get_metric_history(result.mlflow_run_id, "seconds")]
     assert steps == [row["step"] for row in history(undisturbed)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_board_that_is_killed_again_and_again_loses_no_row(
+    undisturbed: Result, pooled: MakeRun, tmp_path: Path, seed: int
+) -> None:
+    """Every few seconds from the start to the end of the run, at random instants."""
+    draw, over, killed = random.Random(seed), threading.Event(), list[int]()
+
+    def kill() -> None:
+        while not over.wait(draw.uniform(1, 8)):
+            if found("ray::Board"):
+                killed.append(signal_one("ray::Board", signal.SIGKILL))
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    result = train(pooled({"storage": str(tmp_path), "generation.where": "learner", "rewards.where": "learner"}))
+    over.set()
+    thread.join()
+    assert len(killed) > 2
+    assert_equal_step_by_step(result, history(undisturbed))
+    missed.send(result.folder)  # what the last death may have left out
+    assert_logged_once(result, undisturbed)
+
+
+class Sleeper:
+    """An actor that can be made to hang."""
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def test_an_actor_that_does_not_answer_is_started_again(cluster: str) -> None:
+    import ray
+
+    said: list[str] = []
+    actor = ray.remote(num_cpus=0, max_restarts=-1)(Sleeper).remote()
+    asked = Asked(actor, "the sleeper", 2.0, said.append)
+    first = asked.ask("pid", wait=60)
+    os.kill(first, signal.SIGSTOP)
+    end = time.monotonic() + 60
+    while (second := asked.ask("pid", wait=0.2)) in (None, first) and time.monotonic() < end:
+        pass
+    assert second not in (None, first)
+    assert said == ["the sleeper has not answered for 2 s: it is started again"]
+    os.kill(second, signal.SIGKILL)  # it dies, and nothing is said
+    while asked.ask("pid", wait=0.2) in (None, second) and time.monotonic() < end:
+        pass
+    assert len(said) == 1
+    ray.kill(actor)
+
+
+def test_who_is_silent_or_busy_for_too_long_is_overdue_once() -> None:
+    members = Members()
+    member = {name: Member(name, "node", [], busy) for name, busy in (("idle", 0.0), ("busy", 3.0), ("too busy", 9.0))}
+    for name in member:
+        members.beat(name, member[name])
+    (found_busy,) = members.overdue(5.0)
+    assert found_busy == (member["too busy"], "works at one thing for 9 s")
+    assert members.overdue(5.0) == []
+    time.sleep(0.3)
+    members.beat("busy", member["idle"])
+    assert [m.name for m, _ in members.overdue(0.2)] == ["idle"]  # which has not beaten since
+
+
+@pytest.mark.parametrize("progress", ["none", "touches", "counts", "is stopped and goes on"])
+def test_a_process_without_progress_ends_itself(progress: str, tmp_path: Path) -> None:
+    program = f"""
+import sys, time
+from raydiff.distributed.hangs import Watchdog
+
+calls = 0
+with Watchdog(1.0, lambda why: print("barks:", why, flush=True)) as watchdog:
+    watchdog.sign = lambda: calls
+    print("starts", flush=True)
+    for _ in range(30):
+        time.sleep(0.1)
+        if {progress == "touches"}:
+            watchdog.touch()
+        calls += {progress in ("counts", "is stopped and goes on")}
+print("ends")
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "starts\n"
+        if progress == "is stopped and goes on":
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(3)
+            process.send_signal(signal.SIGCONT)
+        out, errors = process.communicate(timeout=60)
+    if progress == "none":
+        assert process.returncode == 1
+        assert out == "barks: has made no progress for 1 s\n"
+        assert "most recent call first" in errors  # where each thread is
+    else:
+        assert (process.returncode, out) == (0, "ends\n")

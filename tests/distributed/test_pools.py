@@ -13,6 +13,7 @@ from raydiff.config import Run, override
 from raydiff.core.policy import NonFiniteReward, RewardFailed
 from raydiff.distributed import launch
 from raydiff.distributed.launch import Result, train
+from raydiff.distributed.ranks import PoolLost
 from raydiff.distributed.weights import SyncError
 from raydiff.local import fit
 from tests.distributed.conftest import wait_for
@@ -157,6 +158,16 @@ def test_rewards_that_raise(cluster: str, pooled: MakeRun, tmp_path: Path) -> No
     ):
         train(override(run, {"rewards.blue.raise_for": "a fox"}))
     assert (tmp_path / "raised").exists()
+
+
+@pytest.mark.slow
+def test_a_reward_replica_that_dies_at_every_call_ends_the_run_with_one_sentence(cluster: str, pooled: MakeRun) -> None:
+    with pytest.raises(PoolLost) as error:
+        train(pooled({"rewards.blue.die_for": "a fox", "pools.reward.replicas": 1, "generation.where": "learner"}))
+    said = str(error.value)
+    assert said.startswith("a reward replica with 'blue', 'mirror', 'size' has died 11 times, and is not started again; ")
+    assert len(said.splitlines()) == 1
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from raydiff.config import Run
 from raydiff.core.reward_vjp import RewardError
 from raydiff.distributed import score
 from raydiff.distributed.score import Group, RewardReplica
+from raydiff.distributed.weights import SyncError
 from raydiff.placement import Node
 from raydiff.session import Scores
 
@@ -82,7 +83,7 @@ def test_learners_that_ask_at_once(cluster: str, run: Run) -> None:
 def replica(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RewardReplica]:
     """replica(run): the actor's object, without Ray."""
     monkeypatch.setattr(score, "device", lambda cpus: torch.device("cpu"))
-    return lambda changed=run: RewardReplica(changed.model_dump_json(), ("blue", "mirror"))
+    return lambda changed=run, names=("blue", "mirror"): RewardReplica(changed.model_dump_json(), names)
 
 
 def test_requests_that_wait_together_are_one_batch(replica: Callable[..., RewardReplica]) -> None:
@@ -146,3 +147,16 @@ def test_learners_share_the_replicas_out(run: Run) -> None:
     assert mine(2, 4) == [[0, 1], [2, 3]]
     assert mine(4, 2) == [[0], [0], [1], [1]]
     assert mine(3, 2) == [[0], [0], [1]]
+
+
+def test_a_live_replica_with_other_weights_is_refused(tiny_run: MakeRun, replica: Callable[..., RewardReplica]) -> None:
+    """As one would be that was started again while its files were replaced for a moment."""
+    drawn = tiny_run(changes={"rewards": {"own": {"kind": "tests.distributed.drawn"}}, "rewards.where": "pool"})
+    torch.manual_seed(0)
+    first, other = (replica(drawn, ("own",)) for _ in range(2))
+    files, held = asyncio.run(first.ready())
+    group = Group(("own",), (), files, held)
+    answer, wrong = (asyncio.run(replica.score(pictures().numpy(), PROMPTS, False, False)) for replica in (first, other))
+    score._require_same(group, answer.held)  # type: ignore[union-attr]
+    with pytest.raises(SyncError, match="a reward replica holds other weights of 'own' than the pool did at the start"):
+        score._require_same(group, wrong.held)  # type: ignore[union-attr]
