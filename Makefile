@@ -19,7 +19,7 @@ test-unit: $(INSTALLED)
 test-all: test
 	$(BIN)/pytest -m slow
 
-# A run with pools, and a kill every 20 seconds for five minutes.
+# A run with pools, of which something is killed or stopped every 20 seconds for half an hour.
 soak: $(INSTALLED)
 	$(BIN)/python benchmarks/soak.py
 

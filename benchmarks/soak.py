@@ -1,9 +1,9 @@
-"""Five minutes of a run with pools, in which a generator, a reward replica or a trainer is killed every 20 seconds.
+"""Half an hour of a run with pools, in which processes of every role are killed, stopped for a moment, and stopped for good.
 
-    python benchmarks/soak.py [--minutes 5] [--every 20] [--seed 0]
+    python benchmarks/soak.py [--minutes 30] [--every 20] [--seed 0]
 
-Afterwards the same updates are made in one process without pools: an equal adapter means that no sample was lost or used twice.
-Prints a JSON summary, and exits with 1 when the adapters differ, or memory still grew after the first third.
+Afterwards the same updates are made undisturbed: weights, moments and metrics must be equal to the last bit, and MLflow must
+have each step once. Prints a JSON summary, and exits with 1 when they are not, or memory still grew after the first third.
 """
 
 from __future__ import annotations
@@ -21,21 +21,24 @@ import time
 from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import psutil
-import safetensors.torch
 import torch
 
-import raydiff
 from raydiff.config import Run, load, override
 from raydiff.distributed import checkpoint, launch
 from raydiff.distributed.storage import Folder
+from raydiff.distributed.tracking import Tracker
 
 RECIPE = "jobs/recipes/emoji_draft_lv_pools.toml"
-VICTIMS = {"generator": "MapBatches(Generator)", "reward replica": "RewardReplica", "trainer": "RayTrainWorker"}
-_KEEP = ("raylet", "gcs_server", *VICTIMS.values(), "WeightStore", "Board", "TrainController", "SplitCoordinator", "Gate")
+VICTIMS = {
+    "generator": "MapBatches(Generator)", "reward replica": "RewardReplica", "trainer": "RayTrainWorker",
+    "gate": "MapBatches(Gate)", "board": "ray::Board", "weight store": "ray::WeightStore",
+}  # fmt: skip
+_KEEP = ("raylet", "gcs_server", *(v.removeprefix("ray::") for v in VICTIMS.values()), "TrainController", "SplitCoordinator")
+_MOMENT = 10.0  # seconds at most that a process is stopped for a moment
+_TIMEOUT = 60.0  # train.timeout: one that is stopped for good is started again after that
 _LOOK = 1.0  # seconds between looks at memory
 FLAT = 1.15  # what counts as flat: the last third's median over the middle third's
 
@@ -47,21 +50,30 @@ class Soak:
     every: float
     seed: int
     end: float
-    kills: Counter[str] = field(default_factory=Counter)
+    deeds: Counter[str] = field(default_factory=Counter)
     memory: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))  # role: (time, MiB)
     over: threading.Event = field(default_factory=threading.Event)
 
     def disturb(self) -> None:
-        """Kill one process after another by a fixed list, then ask the run to stop as Ctrl-C does."""
+        """Kill or stop one process after another by a fixed list, then ask the run to stop as Ctrl-C does."""
         draw = random.Random(self.seed)
         while not self.over.wait(self.every):
             if time.monotonic() > self.end:
                 os.kill(os.getpid(), signal.SIGINT)
                 return
-            victim = draw.choice(sorted(VICTIMS))
-            if found := [p for p in ray_processes() if VICTIMS[victim] in title(p)]:
-                found[0].kill()
-                self.kills[victim] += 1
+            role = draw.choice(sorted(VICTIMS))
+            deed, moment = (
+                draw.choices(["killed", "stopped for a moment", "stopped for good"], [5, 4, 1])[0],
+                draw.uniform(1, _MOMENT),
+            )
+            if found := [p for p in ray_processes() if VICTIMS[role] in title(p)]:
+                victim = draw.choice(found)
+                with suppress(psutil.NoSuchProcess):
+                    victim.send_signal(signal.SIGKILL if deed == "killed" else signal.SIGSTOP)
+                    self.deeds[f"{role} {deed}"] += 1
+                    if deed == "stopped for a moment":
+                        self.over.wait(moment)
+                        victim.send_signal(signal.SIGCONT)
 
     def watch(self) -> None:
         """Resident memory of the largest process of each role, and what the object store holds."""
@@ -144,37 +156,46 @@ def soak(run: Run, minutes: float, every: float, seed: int) -> dict[str, Any]:
     last = checkpoint.latest(folder)
     assert last is not None, "no update was made"
     run = override(run, {"train.updates": last.next_step})
-    disturbed = launch.train(run, resume=folder.uri).adapter  # nothing is left to do but to export
+    disturbed = launch.train(run, resume=folder.uri)  # nothing is left to do but to export
+    with tempfile.TemporaryDirectory() as storage:
+        calm = launch.train(override(run, {"storage": storage}))
+        found = differences(disturbed, calm)
     ray.shutdown()
-    alone = {"generation.where": "learner", "rewards.where": "learner"}
-    with tempfile.TemporaryDirectory() as undisturbed:
-        rows = list(raydiff.fit(override(run, alone), folder=undisturbed))
-        error = distance(Path(disturbed), Path(undisturbed))
     return {
         "seconds": round(seconds),
         "updates": last.next_step,
-        "kills": dict(state.kills),
+        "deeds": dict(sorted(state.deeds.items())),
         "pictures": last.calls.images,
-        "pictures_undisturbed": int(rows[-1]["images"]),
-        "adapter_distance": error,
+        "differences": found,
         "memory_mib": {role: {k: round(v, 1) for k, v in sizes.items()} for role, sizes in state.growth().items()},
     }
 
 
-def distance(ours: Path, theirs: Path) -> float:
-    """Relative L2 distance of two exported adapters."""
-    sides = [
-        {name: w.double() for file in folder.rglob("*.safetensors") for name, w in safetensors.torch.load_file(file).items()}
-        for folder in (ours, theirs)
-    ]
-    assert sides[0].keys() == sides[1].keys()
-    a, b = (torch.cat([side[name].flatten() for name in sorted(side)]) for side in sides)
-    return float((a - b).norm() / b.norm())
+def differences(ours: launch.Result, theirs: launch.Result) -> list[str]:
+    """What differs between two runs in the last bit of their newest checkpoints, and in MLflow's steps; [] when nothing."""
+    left, right = (checkpoint.latest(Folder(result.folder)) for result in (ours, theirs))
+    assert left is not None
+    assert right is not None
+    found = []
+    for kind in ("parameters", "exp_avg", "exp_avg_sq"):
+        a, b = left.tensors(kind), right.tensors(kind)
+        found += [f"{kind} {name}" for name in b if not torch.equal(a[name], b[name])]
+    for mine, yours in zip(left.history, right.history, strict=True):
+        found += [
+            f"{name} after update {yours['step']:g}: {mine[name]}, {yours[name]} undisturbed"
+            for name in yours
+            if name != "seconds" and not name.startswith("pools/") and mine[name] != yours[name]
+        ]
+    client = Tracker(ours.mlflow_uri, ours.mlflow_run_id).client()
+    steps = [metric.step for metric in client.get_metric_history(ours.mlflow_run_id, "seconds")]
+    if sorted(steps) != list(range(len(right.history))):
+        found.append(f"MLflow's steps: {steps}")
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--every", type=float, default=20)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -184,15 +205,14 @@ def main() -> int:
             {
                 "name": "soak", "storage": storage, "generation.max_staleness": 0, "optimizer.ema": None,
                 "pools.reward.replicas": 2, "pools.generate.replicas": 2, "pools.generate.num_cpus": 0.5,
-                "train": {"updates": 1000, "checkpoint_every": 1, "max_failures": 100},
-                "evaluate": {"images": 4, "every": 1000, "grid": 0},
+                "train": {"updates": 10000, "checkpoint_every": 1, "max_failures": 1000, "timeout": _TIMEOUT},
+                "evaluate": {"images": 4, "every": 10000, "grid": 0},
             },
         )  # fmt: skip
         summary = soak(run, arguments.minutes, arguments.every, arguments.seed)
     grown = {role: sizes for role, sizes in summary["memory_mib"].items() if sizes["last"] > FLAT * sizes["middle"] + 20}
     print(json.dumps(summary | {"grown": grown}, indent=1))
-    wrong = summary["adapter_distance"] > 1e-4 or summary["pictures"] != summary["pictures_undisturbed"]
-    return int(wrong or bool(grown))
+    return int(bool(summary["differences"] or grown))
 
 
 if __name__ == "__main__":
