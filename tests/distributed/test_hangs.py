@@ -8,15 +8,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raydiff.config import Run
-from raydiff.distributed import launch, missed, tracking
+from raydiff.distributed import hangs, launch, missed, tracking
 from raydiff.distributed.hangs import Asked, Member, Members
 from raydiff.distributed.launch import Result, train
+from raydiff.distributed.weights import WeightStore
 from tests.distributed.conftest import wait_for
 from tests.distributed.pools import assert_equal_step_by_step, found, history, signal_one
 from tests.distributed.test_train import distance
@@ -54,6 +56,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ("MapBatches(Generator)", "the generator in process"),
         pytest.param("RewardReplica", "reward replica", marks=pytest.mark.slow),
         pytest.param("RayTrainWorker", None, marks=pytest.mark.slow),
+        pytest.param("SplitCoordinator", None, marks=pytest.mark.slow),  # Ray's own: no samples come
     ],
 )
 def test_what_is_stopped_for_good_is_started_again(
@@ -139,6 +142,50 @@ def test_an_actor_that_does_not_answer_is_started_again(cluster: str) -> None:
         pass
     assert len(said) == 1
     ray.kill(actor)
+
+
+class Idler:
+    """A member of the pipeline."""
+
+    def __init__(self, store: Any, role: str) -> None:
+        self.beat = hangs.Beat(store, "attempt", role, 2.0)
+
+    def work(self, seconds: float) -> int:
+        with self.beat.busy():
+            time.sleep(seconds)
+        return os.getpid()
+
+
+@pytest.mark.parametrize("how", ["stopped", "busy"])
+def test_a_member_that_hangs_is_started_again_and_one_that_has_ended_is_not_named(cluster: str, how: str) -> None:
+    import ray
+
+    store = ray.remote(num_cpus=0)(WeightStore).remote("run", 9, 1, 0)
+    ray.get(store.open.remote("attempt", 1))
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(Idler)
+    ended, member = actor.remote(store, "gate"), actor.remote(store, "generator")
+    ray.get(ended.work.remote(0))
+    first = ray.get(member.work.remote(0))
+    ray.kill(ended)
+    if how == "stopped":
+        os.kill(first, signal.SIGSTOP)
+    else:
+        member.work.remote(10_000)
+    said, end = list[str](), time.monotonic() + 60
+    while not said and time.monotonic() < end:
+        for overdue, why in ray.get(store.look.remote(3.0))[2]:
+            hangs.end(overdue, why, said.append)
+        time.sleep(0.5)
+    what = "has given no sign of life" if how == "stopped" else "works at one thing"
+    assert said[0].startswith(f"the generator in process {first} on ")
+    assert f"{what} for " in said[0]
+    second = None
+    while second is None and time.monotonic() < end + 60:
+        with suppress(ray.exceptions.RayError):
+            second = ray.get(member.work.remote(0))
+    assert second not in (None, first)
+    ray.kill(member)
+    ray.kill(store)
 
 
 def test_who_is_silent_or_busy_for_too_long_is_overdue_once() -> None:
