@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,7 @@ from raydiff.distributed.storage import Folder, StorageError
 from raydiff.local import fit
 from raydiff.models.lora import WEIGHTS
 from raydiff.session import Session
-from tests.distributed.conftest import UPDATES, wait_for
+from tests.distributed.conftest import UPDATES, fill, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 MakeRun = Callable[..., Run]
@@ -275,29 +274,15 @@ def test_reward_that_raises_in_the_learner_ends_the_run(cluster: str, ray_run: M
         train(ray_run({**changes, "train.max_failures": 0}))
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A filesystem of 4 MiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
-
-
 def test_full_disk_keeps_the_last_checkpoint(cluster: str, ray_run: MakeRun, tmp_path: Path, small_disk: Path) -> None:
     changes = {"storage": str(small_disk), "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db", "evaluate.every": 4}
     run = ray_run({**changes, "pools.train.replicas": 1, "rewards.blue.pause": 0.3})
-    ballast = small_disk / "ballast"
 
-    def fill() -> None:
+    def fill_it() -> None:
         wait_for(index(str(small_disk), 1))
-        with ballast.open("wb", buffering=0) as file, suppress(OSError):
-            while True:
-                file.write(b"\0" * 4096)
+        fill(small_disk)
 
-    thread = threading.Thread(target=fill, daemon=True)
+    thread = threading.Thread(target=fill_it, daemon=True)
     thread.start()
     with pytest.raises(StorageError, match=r"cannot write .*/checkpoint_00000\d: .*No space left.*free there") as error:
         train(run)
