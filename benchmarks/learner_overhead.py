@@ -18,6 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from raydiff.config import Run
 from raydiff.core.learner import TorchEngine
 from raydiff.data.prompts import tickets
+from raydiff.methods import draft_k
+from raydiff.models.stable_diffusion import StableDiffusion
+from raydiff.rewards import colour
 from raydiff.session import Session
 
 RUN = Run.model_validate(
@@ -35,6 +38,10 @@ RUN = Run.model_validate(
 def bare_step(run: Run) -> Callable[[int], float]:
     """DRaFT-K as one would write it by hand around diffusers modules, with no abstraction: returns step(i) -> seconds."""
     session = Session(run)  # for the same initial weights; only its diffusers modules are used below
+    assert isinstance(session.model, StableDiffusion)
+    assert isinstance(run.method, draft_k.Plugin)
+    reward = run.rewards.named["blue"]
+    assert isinstance(reward, colour.Plugin)
     pipe, k, accumulation = session.model.pipe, run.method.k, session.geometry.accumulation
     unet, vae, tokenizer, text_encoder = pipe.unet, pipe.vae, pipe.tokenizer, pipe.text_encoder
     parameters = [p for p in unet.parameters() if p.requires_grad]
@@ -44,7 +51,7 @@ def bare_step(run: Run) -> Callable[[int], float]:
     bar = torch.cat([bars[times], torch.ones(1, dtype=torch.float64)])
     alpha, sigma = bar.sqrt().tolist(), (1 - bar).sqrt().tolist()
     guidance, steps, shape = run.sampler.guidance, run.sampler.steps, session.model.latent_shape
-    rgb = torch.tensor(run.rewards.named["blue"].rgb)[:, None]
+    rgb = torch.tensor(reward.rgb)[:, None]
     frame = torch.ones(32, 32, dtype=torch.bool)
     frame[4:-4, 4:-4] = False
 
@@ -114,11 +121,11 @@ def ray_worker(config: dict[str, int]) -> dict[str, float]:
     import ray.train
 
     from raydiff.distributed.engine import ZeroEngine
-    from raydiff.distributed.ranks import AgreedLoss, Ranks
+    from raydiff.distributed.ranks import Ranks
 
     torch.set_num_threads(1)
     ranks, session = Ranks(timeout=120), Session(RUN)
-    session.method = AgreedLoss(RUN.method, ranks)
+    session.agreed = ranks.agreed
     engine = ZeroEngine(session)
 
     def step(index: int) -> None:

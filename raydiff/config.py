@@ -20,7 +20,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -142,9 +142,9 @@ def _one_line(error: BaseException) -> str:
 
 
 if TYPE_CHECKING:  # each value is the Plugin of a module of that package
-    ModelField: TypeAlias = Any
-    MethodField: TypeAlias = Any
-    RewardField: TypeAlias = Any
+    from raydiff.methods.base import Method as MethodField
+    from raydiff.models.base import ModelConfig as ModelField
+    from raydiff.rewards.base import RewardConfig as RewardField
 else:
     ModelField = plugin("raydiff.models", "ModelConfig")
     MethodField = plugin("raydiff.methods", "Method")

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raydiff.core.policy import LatentModel
+from raydiff.models.base import Model
 
 
-def of_model(model: LatentModel) -> dict[str, str]:
+def of_model(model: Model) -> dict[str, str]:
     """SHA-256 of each part of a model but its trained weights, and of its settings, by name."""
     trained = {id(p) for p in model.trained().values()}
     networks = {name: of_tensors(_tensors(part), trained) for name, part in model.parts().items()}

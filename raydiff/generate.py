@@ -21,9 +21,8 @@ import torch
 from raydiff import __version__, drafts, pictures, sampling
 from raydiff.config import Sampler
 from raydiff.contents import Contents, of_locations, of_parts
-from raydiff.core.policy import LatentModel
 from raydiff.models import lora
-from raydiff.models.base import ModelConfig
+from raydiff.models.base import Model, ModelConfig
 from raydiff.models.stable_diffusion import is_whole
 
 COLUMNS = 8  # of the grid, when there is one prompt or one seed
@@ -78,7 +77,7 @@ def check(adapters: Sequence[Adapter]) -> None:
             raise ValueError(f"{adapter.folder!r} holds a whole fine-tuned unet: give it alone and at weight 1; only LoRAs mix")
 
 
-def load(model: ModelConfig, adapters: Sequence[Adapter] = (), device: torch.device | str = "cpu") -> LatentModel:
+def load(model: ModelConfig, adapters: Sequence[Adapter] = (), device: torch.device | str = "cpu") -> Model:
     """The model with its adapters. Raises ValueError for an adapter of another base model."""
     check(adapters)
     return model.load(device, [(adapter.folder, adapter.weight) for adapter in adapters])
@@ -92,7 +91,7 @@ def files(model: ModelConfig, adapters: Sequence[Adapter]) -> dict[str, str]:
 
 def loaded(
     model: ModelConfig, sampler: Sampler, adapters: Sequence[Adapter] = (), device: torch.device | str = "cpu"
-) -> tuple[LatentModel, dict[str, Any]]:
+) -> tuple[Model, dict[str, Any]]:
     """(`load`, `origin`) of the same files. Raises ConfigError when one is replaced meanwhile, as by a training."""
     held = Contents(files(model, adapters))
     made_from = origin(model.name, sampler, adapters)
@@ -101,15 +100,13 @@ def loaded(
     return drawing, made_from
 
 
-def samples(
-    model: LatentModel, prompts: Sequence[str], seeds: Sequence[int], sampler: Sampler, batch: int = 8
-) -> Iterator[Sample]:
+def samples(model: Model, prompts: Sequence[str], seeds: Sequence[int], sampler: Sampler, batch: int = 8) -> Iterator[Sample]:
     """Every prompt with every seed, P·N pictures."""
     return of_pairs(model, [(prompt, seed) for prompt in prompts for seed in seeds], sampler, batch)
 
 
 @torch.no_grad()
-def of_pairs(model: LatentModel, pairs: Sequence[tuple[str, int]], sampler: Sampler, batch: int = 8) -> Iterator[Sample]:
+def of_pairs(model: Model, pairs: Sequence[tuple[str, int]], sampler: Sampler, batch: int = 8) -> Iterator[Sample]:
     """A picture for each (prompt, seed).
 
     The kernels of another batch size may round a last bit differently; at batch 1 a picture depends on nothing else.

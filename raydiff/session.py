@@ -7,7 +7,7 @@ Legend: B prompts, G attempts, H W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -21,7 +21,7 @@ from raydiff.config import Geometry, Run, geometry
 from raydiff.core import guard
 from raydiff.core.denoise import mix
 from raydiff.core.guard import Probe
-from raydiff.core.learner import Ema, Engine, LossScale, learning_rate_factor, swapped, update
+from raydiff.core.learner import Agreed, Ema, Engine, LossScale, learning_rate_factor, swapped, update
 from raydiff.core.log_prob import gaussian_log_prob
 from raydiff.core.policy import Calls, checked
 from raydiff.core.reward_vjp import Score, weighted_sum
@@ -87,7 +87,7 @@ class Session:
     workers: int = 1
     scores: Scores | None = None  # None: the rewards are built here
     gather: Gather = alone
-    agreed: Callable[[], AbstractContextManager[None]] = nullcontext  # around what one worker may refuse, and all then must
+    agreed: Agreed = nullcontext
     ema: Ema | None = field(init=False, default=None)
     pairs: Latents | None = field(init=False, default=None)  # what a method trains on that samples nothing
     verdicts: Verdicts | None = field(init=False, default=None)  # what compares the samples in place of rewards
@@ -260,7 +260,7 @@ class Session:
         """
         batches = self.ready(self.batches(step) if batches is None else batches)
         epochs, zero = self.geometry.inner_epochs, self.run.train.zero_gradient
-        return update(engine, self.method, self.policy, batches, epochs, zero)
+        return update(engine, self.method, self.policy, batches, epochs, zero, self.agreed)
 
     def state(self) -> dict[str, Any]:
         """What later updates depend on beside weights and optimiser, as JSON; the same on every worker."""
@@ -274,11 +274,11 @@ class Session:
         if self.loss_scale is not None:
             self.loss_scale.restore(state["loss_scale"])
 
-    @torch.no_grad()
     def spent(self) -> tuple[Calls, Calls]:
         """What this worker has spent on training and on evaluation so far: it changes with every call of the denoiser."""
         return replace(self.policy.calls), replace(self.judge.calls)
 
+    @torch.no_grad()
     def evaluate(self) -> list[Picture]:
         """This worker's share of the held-out pictures, by index: the same prompts and seeds at every call.
 

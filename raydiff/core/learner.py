@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Literal, Protocol
 
@@ -20,6 +20,8 @@ from raydiff.core.policy import Policy
 from raydiff.core.rollouts import Rollouts
 
 Metrics = dict[str, Tensor]
+Agreed = Callable[[], AbstractContextManager[None]]
+"""Around what one worker may refuse, and all then must."""
 
 
 class Loss(Protocol):
@@ -153,17 +155,21 @@ def update(
     batches: Iterable[Rollouts],
     epochs: int = 1,
     zero_gradient: Literal["refuse", "accept"] = "refuse",
+    agreed: Agreed = nullcontext,
 ) -> dict[str, float]:
     """`epochs` passes over an update's micro-batches: the mean of each metric. The engine says when the optimiser moves.
+
+    `agreed` is entered around each loss: where several workers train, one's fault is then all workers', before any of them
+    waits in its backward pass.
 
     Raises FloatingPointError when a loss or a gradient is not finite, before it reaches the weights, and, unless that is
     accepted, when the gradient of the whole update is exactly 0, though its samples differ.
     """
     scale = engine.loss_scale
     batches = batches if epochs == 1 and scale is None else list(batches)
-    history, norms, decided = _passes(engine, method, policy, batches, epochs)
+    history, norms, decided = _passes(engine, method, policy, batches, epochs, agreed)
     while scale is not None and not scale.found and norms:
-        history, norms, decided = _passes(engine, method, policy, batches, epochs)
+        history, norms, decided = _passes(engine, method, policy, batches, epochs, agreed)
     vanished = decided and norms and max(norms) == 0
     if vanished and not (scale and scale.vanished()) and zero_gradient == "refuse":
         raise FloatingPointError(
@@ -176,7 +182,7 @@ def update(
 
 
 def _passes(
-    engine: Engine, method: Loss, policy: Policy, batches: Iterable[Rollouts], epochs: int
+    engine: Engine, method: Loss, policy: Policy, batches: Iterable[Rollouts], epochs: int, agreed: Agreed
 ) -> tuple[list[Metrics], list[float], bool]:
     """The metrics of each micro-batch, the gradient's norm at each optimiser step, and whether any samples differ."""
     history: list[Metrics] = []
@@ -184,8 +190,9 @@ def _passes(
     decided = False
     for epoch in range(epochs):
         for batch in batches:
-            loss, metrics = method.loss(policy, replace(batch, epoch=epoch))
-            require_finite(loss, batch)
+            with agreed():
+                loss, metrics = method.loss(policy, replace(batch, epoch=epoch))
+                _require_finite(loss, batch)
             engine.backward(loss)
             norm = engine.step()
             norms += [] if norm is None else [norm]
@@ -206,7 +213,7 @@ def of_steps(norms: Sequence[float], loss_scale: LossScale | None) -> dict[str, 
     return norm | ({"loss_scale": loss_scale.scale, "skipped_steps": float(loss_scale.skipped)} if loss_scale else {})
 
 
-def require_finite(loss: Tensor, batch: Rollouts) -> None:
+def _require_finite(loss: Tensor, batch: Rollouts) -> None:
     """Raise FloatingPointError when the loss of a micro-batch is not finite."""
     if not bool(torch.isfinite(loss)):
         raise FloatingPointError(f"loss is {loss.item()} for prompts {list(batch.prompts)}, seeds {batch.flat_seeds()}")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,10 @@ from raydiff.core.schedule import Schedule
 
 
 class LatentModel(Protocol):
-    """A text-to-image latent diffusion model. Everything but the trained weights is frozen and in eval mode."""
+    """What sampling and losses call of a text-to-image latent diffusion model; `models.base.Model` has the rest.
+
+    Everything but the trained weights is frozen and in eval mode.
+    """
 
     denoiser: nn.Module  # the one module that an engine wraps
     device: torch.device
@@ -31,6 +34,9 @@ class LatentModel(Protocol):
     def has_reference(self) -> bool:
         """Whether reference() can be had."""
 
+    def passes(self, guidance: float) -> int:
+        """Calls of the network that one guided prediction takes."""
+
     def schedule(self, steps: int, spacing: str | None, final_alpha: float | None) -> Schedule: ...
 
     def predict(self, denoiser: nn.Module, prompts: Sequence[str], guidance: float, detach_negative: bool = False) -> Predict:
@@ -39,26 +45,11 @@ class LatentModel(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """(B,C,h,w) -> (B,3,H,W) in [0,1], differentiable."""
 
-    def encode(self, images: Tensor) -> Tensor:
-        """(B,3,H,W) in [0,1] -> (B,C,h,w), the mean of the posterior."""
-
-    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,3,H,W) in [0,1] -> mean and standard deviation of the encoder's Gaussian, (B,C,h,w) each."""
-
-    def encoder_digest(self) -> str:
-        """SHA-256 of what `posterior` depends on."""
-
     def reference(self) -> AbstractContextManager[None]:
         """Inside, the denoiser has the weights from before training."""
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters to optimise, by the name that a checkpoint gives them."""
-
-    def parts(self) -> dict[str, nn.Module]:
-        """Every network that lies in memory, by name, adapter and frozen copy included."""
-
-    def settings(self) -> dict[str, Any]:
-        """What decides its results beside networks' weights, by name: text or JSON."""
 
 
 @dataclass
@@ -107,7 +98,7 @@ class Policy:
         weights from before training, wherever it is called and recomputed."""
         guidance = self.guidance if guidance is None else guidance
         predict = self.model.predict(self.denoiser, prompts, guidance, self.detach_negative)
-        passes = 1 if guidance == 1 else 2
+        passes = self.model.passes(guidance)
 
         def counted(x: Tensor, time: Tensor) -> Tensor:
             self.calls.unet_forward += passes * len(x)

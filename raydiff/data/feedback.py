@@ -348,7 +348,9 @@ class _Artist:
         count = len(columns["label"])
         named = ["total"] if self.labelling.rule == "total" else list(parts)
         model = self.run.model.name
-        same = {f"model_{side}": model for side in (0, 1)} | {f"adapters_{side}": self.origin for side in (0, 1)}
+        same: dict[str, Any] = {f"model_{side}": model for side in (0, 1)} | {
+            f"adapters_{side}": self.origin for side in (0, 1)
+        }
         same |= {"annotator": self.labelling.annotator(named), "source": self.run.name, "created": datetime.now(UTC)}
         table = preferences.table(columns | {name: [value] * count for name, value in same.items()}, count)
         return Part(table, Counter({_TIE: len(pairs.decided) - count}))

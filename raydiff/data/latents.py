@@ -39,10 +39,10 @@ from torch import Tensor
 from raydiff import drafts, sealed
 from raydiff.config import Pairs
 from raydiff.core.denoise import mix
-from raydiff.core.policy import LatentModel
 from raydiff.data import pictures, pieces, preferences
 from raydiff.data.pieces import BadRow, PairsError
 from raydiff.data.preferences import Pair
+from raydiff.models.base import Model
 from raydiff.rewards._images import centre_crop, resized  # the one resize and crop of this package
 
 _INDEX, _WHOLE, _FORMAT = "index.parquet", "index.json", 2
@@ -67,7 +67,7 @@ class Piece:
 class Cache:
     """The cache of a dataset under an encoder: which pieces it should have, and how one is made."""
 
-    def __init__(self, pairs: Pairs, model: LatentModel, batch: int) -> None:
+    def __init__(self, pairs: Pairs, model: Model, batch: int) -> None:
         """`batch`: pictures encoded at once. Raises as `preferences.overview` does."""
         assert pairs.path is not None
         self.pairs, self.model, self.batch = pairs, model, max(1, batch // 2)
@@ -261,7 +261,7 @@ class Latents:
 
 def prepare(
     pairs: Pairs,
-    model: LatentModel,
+    model: Model,
     batch: int,
     *,
     rank: int = 0,

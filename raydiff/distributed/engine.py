@@ -97,7 +97,7 @@ class ZeroEngine:
         """The norm of the gradients, which are divided by the loss scale and then clipped."""
         parameters = [p for p in self.trained.values() if p.grad is not None]
         if self.loss_scale:
-            torch._foreach_div_([p.grad for p in parameters], self.loss_scale.scale)
+            torch._foreach_div_([p.grad for p in parameters if p.grad is not None], self.loss_scale.scale)
         return float(torch.nn.utils.clip_grad_norm_(parameters, self.session.run.optimizer.max_grad_norm))
 
     @property

@@ -25,7 +25,7 @@ from raydiff.distributed.engine import ZeroEngine
 from raydiff.distributed.hangs import Watchdog, started_again
 from raydiff.distributed.meter import Meter
 from raydiff.distributed.pipeline import Stream
-from raydiff.distributed.ranks import AgreedLoss, Ranks, Refused
+from raydiff.distributed.ranks import Ranks, Refused
 from raydiff.distributed.score import RewardClient
 from raydiff.distributed.storage import PATIENCE, Folder
 from raydiff.distributed.tracking import Record
@@ -111,8 +111,7 @@ class Worker:
                 saved = {kind: found.tensors(kind) for kind in kinds}
                 if ranks.rank == 0 and watch.best(run, found.history):
                     self.best = found.tensors("best")
-        self.session.method, self.session.gather = AgreedLoss(run.method, ranks), ranks.gather
-        self.session.agreed = ranks.agreed
+        self.session.gather, self.session.agreed = ranks.gather, ranks.agreed
         with ranks.agreed():
             try:
                 self.session.prepare(self.encoding)

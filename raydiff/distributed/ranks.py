@@ -14,12 +14,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from raydiff.config import ConfigError
-from raydiff.core.learner import Metrics, require_finite
-from raydiff.core.policy import NonFiniteReward, Policy, RewardFailed
-from raydiff.core.rollouts import Rollouts
+from raydiff.core.policy import NonFiniteReward, RewardFailed
 from raydiff.distributed.storage import StorageError
 from raydiff.distributed.weights import SyncError
 
@@ -100,19 +97,3 @@ class Ranks:
             refusals = self.gather(Refused.of(error) if error else None)
             first = next(refusal for refusal in refusals if refusal is not None)
             raise Refused(first.kind, first.message)
-
-
-class AgreedLoss:
-    """A method whose loss is finite on all workers, or refused on all of them before anyone's backward pass waits."""
-
-    def __init__(self, method: Any, ranks: Ranks) -> None:
-        self._method, self._ranks = method, ranks
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._method, name)
-
-    def loss(self, policy: Policy, batch: Rollouts) -> tuple[Tensor, Metrics]:
-        with self._ranks.agreed():
-            loss, metrics = self._method.loss(policy, batch)
-            require_finite(loss, batch)
-        return loss, metrics

@@ -1,12 +1,17 @@
-"""What every model file provides: a config that builds a LatentModel."""
+"""What a model family provides, whole: a config that builds, loads and describes a model, and what the model does.
+
+A family is one file with a `Plugin` and its `Model`; no other file knows it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field
+from torch import Tensor, nn
 
 from raydiff.config import Config, PluginConfig
 from raydiff.core.policy import LatentModel
@@ -20,6 +25,38 @@ class Lora(Config):
     """None: alpha = rank, so that the adapter's scale is 1."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Module names that get an adapter: attention's query, key, value and output projections."""
+
+
+class Model(LatentModel, Protocol):
+    """A model of a family: what sampling and losses call, and what the rest of raydiff does."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B,3,H,W) in [0,1] -> (B,C,h,w), the mean of the posterior."""
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,3,H,W) in [0,1] -> mean and standard deviation of the encoder's Gaussian, (B,C,h,w) each."""
+
+    def encoder_digest(self) -> str:
+        """SHA-256 of what `posterior` depends on."""
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Every network that lies in memory, by name, adapter and frozen copy included."""
+
+    def settings(self) -> dict[str, Any]:
+        """What decides its results beside networks' weights, by name: text or JSON."""
+
+    def export(self, folder: str | Path, state: Mapping[str, Tensor]) -> None:
+        """Write the trained weights `state` to a folder, as the family's other users read them."""
+
+    def load(self, folder: str | Path) -> None:
+        """Take up the trained weights that `export` wrote to a folder."""
+
+
+class Skeleton(LatentModel, Protocol):
+    """A model on the meta device: everything has a shape, and nothing a value."""
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Every network that would lie in memory, by name, adapter and frozen copy included."""
 
 
 class ModelConfig(PluginConfig):
@@ -44,7 +81,7 @@ class ModelConfig(PluginConfig):
 
     def build(
         self, device: torch.device | str = "cpu", *, seed: int = 0, reference: bool = False, checkpointing: bool = True
-    ) -> LatentModel:
+    ) -> Model:
         """The model, ready to train.
 
         `seed` fixes the adapter's start; `reference` says that a loss will call reference(); `checkpointing` recomputes the
@@ -56,7 +93,18 @@ class ModelConfig(PluginConfig):
         """The folder that its files lie in, where it is one of this machine."""
         return None
 
-    def load(self, device: torch.device | str = "cpu", adapters: Sequence[tuple[str, float]] = ()) -> LatentModel:
+    def config_folder(self) -> Path | None:
+        """The folder of its config files, which may lie in a hub's cache; None: not on this machine."""
+        return None
+
+    def skeleton(self, folder: Path, *, reference: bool = False, checkpointing: bool = True) -> Skeleton:
+        """The model without weights, from the config files of a folder, which `config_folder` found; arguments as of `build`.
+
+        Raises ValueError for LoRA targets that it lacks.
+        """
+        raise NotImplementedError
+
+    def load(self, device: torch.device | str = "cpu", adapters: Sequence[tuple[str, float]] = ()) -> Model:
         """The model to draw with, nothing of it trained: base + Σ λ_j·ΔW_j of exported adapters [(folder, λ_j), ...]; or the
         weights of full fine-tuning, whose folder then comes alone.
 

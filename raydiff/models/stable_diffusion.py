@@ -47,6 +47,19 @@ class Plugin(ModelConfig):
     def folder(self) -> str:
         return str(assets.path("pipeline")) if self.path == "embedded" else self.path
 
+    def config_folder(self) -> Path | None:
+        folder = Path(self.folder())
+        if folder.is_dir():
+            return folder
+        from huggingface_hub import try_to_load_from_cache
+
+        names = [f"{part}/config.json" for part in formats.STEMS] + ["scheduler/scheduler_config.json"]
+        try:
+            found = [try_to_load_from_cache(self.path, name, revision=self.revision) for name in names]
+        except ValueError:  # not the form of a hub id: preflight has said so
+            return None
+        return Path(str(found[0])).parents[1] if all(isinstance(f, str) for f in found) else None
+
     def tokenizers(self) -> list[Any]:
         from transformers import AutoTokenizer
 
@@ -242,6 +255,10 @@ class StableDiffusion:
         configs = {name: _plain(network.config) for name, network in networks.items()}
         return configs | {"scheduler": _plain(self.pipe.scheduler.config), "tokenizer": _words(self.pipe.tokenizer)}
 
+    def passes(self, guidance: float) -> int:
+        """Guidance asks for the empty prompt too."""
+        return 1 if guidance == 1 else 2
+
     @torch.no_grad()
     def embed(self, prompts: Sequence[str], guidance: float) -> Tensor:
         """Text states, (B,L,D), or (2B,L,D) with the empty prompt's first when guidance is not 1."""
@@ -255,7 +272,7 @@ class StableDiffusion:
             network = self._frozen if self._in_reference and self._frozen is not None else denoiser
             return network(x.to(self.dtype), time, encoder_hidden_states=states, return_dict=False)[0].float()
 
-        return run if guidance == 1 else guided(run, guidance, detach_negative=detach_negative)
+        return run if self.passes(guidance) == 1 else guided(run, guidance, detach_negative=detach_negative)
 
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.pipe.vae

@@ -7,7 +7,6 @@ numbers whose calls are counted, and once on the model's shapes (torch's meta de
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -59,7 +58,7 @@ def plan(run: Run, machine: Machine) -> Plan:
     )
 
     model: Model | None = None
-    folder = model_folder(run)
+    folder = run.model.config_folder()
     if folder is None:
         notes.append(
             f"model: {getattr(run.model, 'path', run.model.kind)!r} is neither a folder nor in the Hugging Face cache here:"
@@ -82,26 +81,6 @@ def plan(run: Run, machine: Machine) -> Plan:
         model.memory if model else None, _disk(run, model) if model else None, _traffic(run, model, update) if model else {},
         tuple(claims), machine, tuple(problems), tuple(notes),
     )  # fmt: skip
-
-
-def model_folder(run: Run) -> Path | None:
-    """Where the model's config files lie: its folder, or its place in the Hugging Face cache. None: not on this machine."""
-    if not hasattr(run.model, "skeleton"):
-        return None
-    folder = Path(str(run.model.folder()))
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        found = [
-            try_to_load_from_cache(str(run.model.path), f"{part}_config.json" if "/s" in part else f"{part}/config.json",
-                                   revision=run.model.revision)
-            for part in ("unet", "vae", "text_encoder", "scheduler/scheduler")
-        ]  # fmt: skip
-    except ValueError:  # not the form of a hub id: preflight has said so
-        return None
-    return Path(str(found[0])).parents[1] if all(isinstance(f, str) for f in found) else None
 
 
 def _disk(run: Run, model: Model) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class _Stub(ModelConfig):
 
 
 class _StubModel:
-    """A LatentModel of one weight, whose output is 0."""
+    """A Model of one weight, whose output is 0."""
 
     device = torch.device("cpu")
     latent_shape = (1, 1, 1)
@@ -93,6 +94,9 @@ class _StubModel:
     def settings(self) -> dict[str, Any]:
         return {}
 
+    def passes(self, guidance: float) -> int:
+        return 1 if guidance == 1 else 2
+
     def encode(self, images: Tensor) -> Tensor:
         return images[:, :1]
 
@@ -110,6 +114,12 @@ class _StubModel:
 
     def trained(self) -> dict[str, nn.Parameter]:
         return dict(self.denoiser.named_parameters())
+
+    def export(self, folder: str | Path, state: Mapping[str, Tensor]) -> None:
+        raise NotImplementedError("nothing of it is worth keeping")
+
+    def load(self, folder: str | Path) -> None:
+        raise NotImplementedError("it takes up nothing")
 
 
 class _Labels:

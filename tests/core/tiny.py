@@ -59,6 +59,9 @@ class Model:
         both = torch.cat([torch.zeros_like(codes), codes])
         return guided(lambda x, time: denoiser(x, time, both), guidance, detach_negative=detach_negative)
 
+    def passes(self, guidance: float) -> int:
+        return 1 if guidance == 1 else 2
+
     def decode(self, latents: Tensor) -> Tensor:
         return torch.sigmoid(torch.stack([latents[:, 0], latents[:, 1], latents.sum(1)], 1))
 

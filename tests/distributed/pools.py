@@ -2,8 +2,8 @@
 
 import os
 import signal
-import subprocess
 
+import psutil
 import pytest
 
 from raydiff.distributed import checkpoint
@@ -28,9 +28,10 @@ def assert_equal_step_by_step(result: Result, reference: list[dict[str, float]],
 
 
 def found(title: str) -> list[int]:
-    """Processes of this machine's Ray cluster by a part of their title."""
-    lines = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
-    return [int(line.split()[0]) for line in lines if title in line and "ray::" in line]
+    """Processes of this machine's Ray cluster by a part of their title, the oldest first."""
+    seen = [p.info for p in psutil.process_iter(["pid", "cmdline", "create_time"])]
+    titled = [info for info in seen if (line := " ".join(info["cmdline"] or [])).startswith("ray::") and title in line]
+    return [info["pid"] for info in sorted(titled, key=lambda info: info["create_time"])]
 
 
 def signal_one(title: str, number: signal.Signals) -> int:
