@@ -57,6 +57,11 @@ def claims(run: Run, nodes: Sequence[Node]) -> list[Claim]:
     return found
 
 
+def of(run: Run, nodes: Sequence[Node], pool: str) -> Claim:
+    """What one of the run's pools claims."""
+    return next(claim for claim in claims(run, nodes) if claim.pool == pool)
+
+
 def claim(name: str, pool: Pool, nodes: Sequence[Node], groups: int = 1, options: bool = False) -> Claim:
     """One pool's claim: where the run leaves GPUs open, one for each replica on a cluster that has any."""
     gpus = float(any(node.gpus >= 1 for node in nodes)) if pool.num_gpus is None else pool.num_gpus

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from raydiff import assets, contents, generate
 from raydiff.config import ConfigError, Run, Sampler
 from raydiff.contents import Contents
-from raydiff.distributed import launch
+from raydiff.distributed import launch, run_folder
 from raydiff.distributed.storage import Folder
 from raydiff.local import fit
 from raydiff.models.stable_diffusion import Plugin
@@ -90,8 +90,8 @@ def whole(tiny_run: MakeRun, files: Path) -> MakeRun:
 
 def started(run: Run) -> Folder:
     """The folder of a run that was started, as far as the driver gets before Ray."""
-    folder = launch._fresh(run)
-    launch._begin(run, folder, launch._held(run, folder))
+    folder = run_folder.fresh(run)
+    run_folder.begin(run, folder, run_folder.held(run, folder))
     return folder
 
 
@@ -141,8 +141,8 @@ def test_what_was_replaced_is_named_at_resume(whole: MakeRun, files: Path, chang
     run = whole()
     folder = started(run)
     field, replace = CHANGES[change]
-    before = launch.recorded(folder)
-    assert before is not None and launch._held(run, folder) == before  # an untouched run
+    before = run_folder.recorded(folder)
+    assert before is not None and run_folder.held(run, folder) == before  # an untouched run
     replace(files)
     now = Contents.of(run).digests[field]
     with pytest.raises(ConfigError, match="put them back, or start afresh") as error:
@@ -178,7 +178,7 @@ def test_evaluation_may_change(whole: MakeRun, files: Path) -> None:
     folder = started(run)
     scaled(files / "clip" / "model.safetensors")
     scaled(files / "classifier" / "model.safetensors")
-    now = launch._held(run, folder)
+    now = run_folder.held(run, folder)
     assert now == Contents.of(run)
     assert {"evaluate.clip", "evaluate.rewards.what.model"} <= now.digests.keys()
 
@@ -199,14 +199,14 @@ def test_pairs_are_named_at_resume(tiny_run: MakeRun, tmp_path: Path, change: st
     named = {"pairs.path": str(path), "storage": str(tmp_path / "runs")}
     run = tiny_run("d3po", labels | named) if change == "labels" else tiny_run("diffusion_dpo", dataset | named)
     folder = started(run)
-    assert launch._held(run, folder) == launch.recorded(folder)
+    assert run_folder.held(run, folder) == run_folder.recorded(folder)
     if change == "picture":
         pictures[5].save(tmp_path / "2.png")
     else:
         turned = pa.array([1 - label for label in table["label"].to_pylist()])
         pq.write_table(table.set_column(table.schema.get_field_index("label"), "label", turned), path)
     with pytest.raises(ConfigError, match=r"pairs\.path: \w{12} then, \w{12} now"):
-        launch._held(run, folder)
+        run_folder.held(run, folder)
 
 
 def test_another_version_is_told_and_not_refused(whole: MakeRun) -> None:
@@ -215,10 +215,10 @@ def test_another_version_is_told_and_not_refused(whole: MakeRun) -> None:
     kept = folder.read_json(contents.FILE)
     folder.write_json(contents.FILE, {**kept, "raydiff": "0.0.1"})
     with pytest.warns(UserWarning, match=r"was started by raydiff 0\.0\.1, and this is"):
-        assert launch._held(run, folder) == Contents.of(run)
+        assert run_folder.held(run, folder) == Contents.of(run)
     (Path(folder.uri) / contents.FILE).unlink()
     with pytest.warns(UserWarning, match=r"has no contents\.json: what its files held .* is unknown"):
-        assert launch._held(run, folder) == Contents.of(run)
+        assert run_folder.held(run, folder) == Contents.of(run)
 
 
 def test_a_session_is_compared_by_what_it_has_read(whole: MakeRun, files: Path) -> None:

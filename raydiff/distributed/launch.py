@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 import shlex
 import signal
 import threading
-import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -17,27 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydiff import __version__, contents, placement
+from raydiff import contents, placement
 from raydiff.config import ConfigError, Run, geometry, override
 from raydiff.contents import Contents
-from raydiff.distributed import checkpoint, cluster, hangs, learn, pipeline, score, tracking
-from raydiff.distributed.hangs import Asked, Member
+from raydiff.distributed import checkpoint, cluster, learn, pipeline, run_folder, score, tracking
+from raydiff.distributed.follow import follow
 from raydiff.distributed.lease import Lease
 from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.ranks import Refused
 from raydiff.distributed.score import Group
-from raydiff.distributed.storage import PATIENCE, Folder, StorageError
+from raydiff.distributed.storage import Folder, StorageError
 from raydiff.distributed.tracking import Board, Tracker
 from raydiff.distributed.weights import WeightStore
 from raydiff.plan.clusters import cluster_nodes
 from raydiff.preflight import faults
 from raydiff.watch import Best
-
-RUN = "run.json"
-_POLL = 0.5  # seconds between looks at the board
-_BOARD = 60.0  # seconds after which a board that does not answer hangs: all that it does at once is to take note
-_LAST = 20.0  # seconds that its last rows are waited for
-_LOOK = 5.0  # seconds between looks at the cluster's nodes
 
 
 @dataclass(frozen=True)
@@ -65,27 +56,187 @@ def train(run: Run, *, resume: str | Path | None = None) -> Result:
     StorageError, without a retry, when it cannot go on; KeyboardInterrupt after a last checkpoint on Ctrl-C.
     """
     preflight(run)
-    folder = _resumed(run, resume) if resume is not None else _fresh(run)
-    with Lease(folder) as mine, Progress(run.train.updates, pools=_pools(run)) as progress:
+    folder = run_folder.resumed(run, resume) if resume is not None else run_folder.fresh(run)
+    with Lease(folder) as lease, Progress(run.train.updates, pools=_pools(run)) as progress:
         if resume is not None:  # a fresh run's name is its own: it leaves no folder when it cannot start
-            mine.take()
-            _resumed(run, resume)  # it may have been finished meanwhile
-        held = _held(run, folder)
+            lease.take()
+            run_folder.resumed(run, resume)  # it may have been finished meanwhile
+        held = run_folder.held(run, folder)
         progress.say(f"{folder.name}: {geometry(run)}, {run.train.updates} updates, ZeRO-{run.train.zero_stage}")
         progress.waiting("starting Ray and MLflow")
         with ThreadPoolExecutor(1) as thread:
             experiment = thread.submit(tracking.prepare, run)
-            use_gpu = connect(run)
-        mine.take()
-        _begin(run, folder, held)
+            connect(run)
+        lease.take()
+        run_folder.begin(run, folder, held)
         tracker = tracking.start(run, experiment.result(), folder.name, folder)
-        outcome = _carried_out(run, folder, mine, held, tracker, use_gpu, progress)
+        outcome = Launch(run, folder, lease, held, tracker, progress).carried_out()
     if "refused" in outcome:
         raise Refused(*outcome["refused"]).error()
     if "stopped" in outcome:
         print(f"stopped after update {outcome['stopped']} of {run.train.updates}; go on with --resume {folder.name}")
         raise KeyboardInterrupt
     return _finished(run, folder, tracker, outcome["finished"])
+
+
+def trial(run: Run, name: str, tags: Mapping[str, str], progress: Progress, first: Contents | None = None) -> None:
+    """One trial of a sweep in the folder `name` of the storage: begun, or continued after its newest checkpoint.
+
+    `progress` gets the rows, those from before included. Its MLflow run, found again by name, carries `tags`. `first`: what the
+    run's files held when the sweep began, which all its trials share. Raises what `train` does.
+    """
+    folder = Folder(run.storage) / name
+    with Lease(folder) as lease:
+        lease.take()
+        if (before := run_folder.recorded_run(folder)) is not None:
+            checkpoint.check_same_run(before, run)
+        held = run_folder.held(run, folder)
+        if first:
+            first.compare(held.digests)
+        run_folder.begin(run, folder, held)
+        tracker = tracking.start(run, tracking.prepare(run), name, folder, tags)
+        outcome = Launch(run, folder, lease, held, tracker, progress).carried_out()
+    if "refused" in outcome:
+        raise Refused(*outcome["refused"]).error()
+
+
+class Launch:
+    """A run on its way, as its driver holds it: what was asked for, and the actors that it has started."""
+
+    def __init__(self, run: Run, folder: Folder, lease: Lease, held: Contents, tracker: Tracker, progress: Progress) -> None:
+        self.run, self.folder, self.lease, self.held = run, folder, lease, held
+        self.tracker, self.progress = tracker, progress
+        self.rewards: list[Group] = []
+        self.store: Any = None
+
+    def carried_out(self) -> dict[str, Any]:
+        """Start pools and workers, and follow them to the end: what `learn.work` returned."""
+        if short := _not_free(self.run):
+            self.progress.say(f"waiting for {short}: other work holds them")
+        self.board = self._beside_the_driver(Board, self.tracker, self.folder.uri)
+        self.progress.attach(self.board)
+        status, about = "FAILED", dict[str, str]()
+        try:
+            self._start_pools()
+            self.progress.waiting("starting workers")
+            with _interruptible():
+                outcome = self._trained()
+            status = "FINISHED" if "finished" in outcome else "KILLED" if "stopped" in outcome else "FAILED"
+            about = tags(outcome.get("finished", {}))
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        except Exception as error:
+            error.add_note(f"Its checkpoints are in {self.folder}; --resume {self.folder.name} goes on after the newest.")
+            raise
+        finally:
+            self._close(status, about)
+        return outcome
+
+    def _beside_the_driver(self, kind: type, *arguments: Any, **options: Any) -> Any:
+        """An actor on the driver's node, as a node of a pool may be taken away. Only its handle finds it."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here, **options)(kind)
+        return actor.remote(*arguments)
+
+    def _start_pools(self) -> None:
+        """The weight store, which comes back empty when it dies, and the rewards, with what they have loaded."""
+        run = self.run
+        if "pool" in (run.generation.where, run.rewards.where):
+            sizes = run.train.updates, pipeline.blocks(run), run.generation.max_staleness
+            self.store = self._beside_the_driver(WeightStore, self.folder.name, *sizes, max_task_retries=-1)
+        self.progress.waiting("loading rewards")
+        if run.rewards.where == "pool":
+            self.rewards = score.start(run, cluster_nodes(), self.held)
+        loaded = {name: digest for group in self.rewards for name, digest in group.loaded.items()}
+        if loaded.keys() - self.held.digests.keys():
+            self.held = self.held.joined(loaded)
+            self.folder.write(contents.FILE, self.held.dump().encode())
+
+    def _trained(self) -> dict[str, Any]:
+        """The workers' outcome; when not all of them find a place any more, of as many as the run allows."""
+        from ray.train import ControllerError
+
+        run = self.run
+        while True:
+            try:
+                return follow(run, self._fit(run), self.board, self.progress, self.store)
+            except ControllerError:
+                if (fewer := with_fewer_trainers(run, cluster_nodes())) is None:
+                    raise
+                run = fewer
+                self.progress.say(f"goes on with what has room: {geometry(run)}")
+
+    def _fit(self, run: Run) -> Future[dict[str, Any]]:
+        """Start the workers in a thread: in the main one Ray would answer Ctrl-C by killing them."""
+        # A worker whose process does not answer Ray Train, as one that was stopped, is lost after this.
+        os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(min(600, math.ceil(run.train.timeout)))
+        trainer, future = self._trainer(run), Future[dict[str, Any]]()
+
+        def fit() -> None:
+            try:
+                future.set_result(trainer.fit().return_value)
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=fit, daemon=True, name="raydiff-fit").start()
+        return future
+
+    def _trainer(self, run: Run) -> Any:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        nodes = cluster_nodes()
+        claim, streamed = placement.of(run, nodes, placement.TRAIN), run.generation.where == "pool"
+        # Workers that find no place within RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S: -1 looks on for ever
+        tries = -1 if run.pools.train.min_replicas is None else 0
+        return TorchTrainer(
+            learn.work,
+            train_loop_config={
+                "run": run.model_dump_json(),
+                "timeout": run.train.timeout,
+                "folder": self.folder.uri,
+                "lease": self.lease.token,
+                "contents": self.held.dump(),
+                "board": self.board,
+                "store": self.store,
+                "rewards": self.rewards,
+            },
+            torch_config=TorchConfig(backend="nccl" if claim.gpus else "gloo", timeout_s=math.ceil(run.train.timeout)),
+            scaling_config=ScalingConfig(
+                num_workers=claim.replicas,
+                use_gpu=claim.gpus > 0,
+                resources_per_worker={"CPU": claim.cpus, **({"GPU": claim.gpus} if claim.gpus else {})},
+                label_selector=dict(claim.labels) or None,
+            ),
+            run_config=RunConfig(
+                name=self.folder.name,
+                storage_path=self.folder.uri.rpartition("/")[0],
+                failure_config=FailureConfig(max_failures=run.train.max_failures, controller_failure_limit=tries),
+            ),
+            datasets={"train": pipeline.factory(run, self.store, self.rewards, contents=self.held)} if streamed else None,
+            dataset_config=pipeline.data_config(run, nodes) if streamed else None,
+        )
+
+    def _close(self, status: str, tags: dict[str, str]) -> None:
+        """Log what is left, and end the actors. MLflow's faults are told, with the way to send it later, and go no further."""
+        import ray
+
+        try:
+            left = ray.get(self.board.flush.remote(), timeout=60)
+            if refused := ray.get(self.board.left_out.remote(), timeout=60):
+                self.progress.say(refused)
+            self.tracker.finish(status, tags)
+        except Exception as error:
+            left = f"MLflow at {self.tracker.uri}: {error}"
+        if left:
+            self.progress.say(f"{left}\nraydiff log {self.folder} sends what is missing, when it answers again")
+        replicas = [replica for group in self.rewards for replica in group.replicas]
+        for actor in [self.board, *([self.store] if self.store else []), *replicas]:
+            ray.kill(actor)  # now, and not when the last handle goes: a notebook goes on
 
 
 @contextmanager
@@ -102,107 +253,6 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def trial(run: Run, name: str, tags: Mapping[str, str], progress: Progress, started: Contents | None = None) -> None:
-    """One trial of a sweep in the folder `name` of the storage: begun, or continued after its newest checkpoint.
-
-    `progress` gets the rows, those from before included. Its MLflow run, found again by name, carries `tags`. `started`: what
-    the run's files held when the sweep began, which all its trials share. Raises what `train` does.
-    """
-    folder = Folder(run.storage) / name
-    with Lease(folder) as mine:
-        mine.take()
-        if (before := recorded_run(folder)) is not None:
-            checkpoint.check_same_run(before, run)
-        held = _held(run, folder)
-        if started:
-            started.compare(held.digests)
-        _begin(run, folder, held)
-        tracker = tracking.start(run, tracking.prepare(run), name, folder, tags)
-        use_gpu = placement.claims(run, cluster_nodes())[0].gpus > 0
-        outcome = _carried_out(run, folder, mine, held, tracker, use_gpu, progress)
-    if "refused" in outcome:
-        raise Refused(*outcome["refused"]).error()
-
-
-def recorded_run(folder: Folder) -> Mapping[str, Any] | None:
-    """The JSON of a started run: of RUN, and when that is missing or broken of the newest checkpoint, which holds it too."""
-    found = folder.json_or_none(RUN)
-    try:
-        Run.model_validate(found)
-    except ValueError:
-        newest = checkpoint.latest(folder)
-        return found if newest is None else newest.run
-    return dict(found)
-
-
-def recorded(folder: Folder) -> Contents | None:
-    """What the files of a started run, or sweep, held; None when that was not written down, or is broken."""
-    try:
-        return Contents.load(folder.read(contents.FILE))
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-
-
-def same_contents(before: Contents | None, now: Contents, folder: Folder, may_change: Sequence[str] = ()) -> Contents:
-    """What a run, or sweep, that is gone on with holds from now on. Raises ConfigError for files that hold something else."""
-    if before is None:
-        warnings.warn(f"{folder} has no {contents.FILE}: what its files held when it was started is unknown", stacklevel=2)
-        return now
-    if before.raydiff != __version__:
-        warnings.warn(f"{folder} was started by raydiff {before.raydiff}, and this is {__version__}", stacklevel=2)
-    before.compare(now.digests, may_change)
-    return now.joined({name: d for name, d in before.digests.items() if not contents.within(name, may_change)})
-
-
-def _held(run: Run, folder: Folder) -> Contents:
-    """What the run's files hold. Raises ConfigError when a run that was started had others."""
-    before = recorded(folder)  # first: what it has read need not be read again
-    now = Contents.of(run)
-    return now if recorded_run(folder) is None else same_contents(before, now, folder, checkpoint.MAY_CHANGE)
-
-
-def _begin(run: Run, folder: Folder, held: Contents) -> None:
-    """Write down what is carried out: a run exists when RUN does."""
-    folder.write(contents.FILE, held.dump().encode())
-    folder.write(RUN, run.model_dump_json(indent=1).encode())
-
-
-def _carried_out(
-    run: Run, folder: Folder, mine: Lease, held: Contents, tracker: Tracker, use_gpu: bool, progress: Progress
-) -> dict[str, Any]:
-    """Start pools and workers, and follow them to the end: what `learn.work` returned."""
-    import ray
-
-    if short := _not_free(run):
-        progress.say(f"waiting for {short}: other work holds them")
-    board = _board(tracker, folder)
-    progress.attach(board)
-    store = _store(run, folder) if "pool" in (run.generation.where, run.rewards.where) else None
-    status, said, rewards = "FAILED", dict[str, str](), list[Group]()
-    try:
-        progress.waiting("loading rewards")
-        rewards = score.start(run, cluster_nodes(), held) if run.rewards.where == "pool" else []
-        if found := {name: d for group in rewards for name, d in group.loaded.items() if name not in held.digests}:
-            held = held.joined(found)
-            folder.write(contents.FILE, held.dump().encode())
-        progress.waiting("starting workers")
-        with _interruptible():
-            outcome = _trained(run, folder, mine, held, board, use_gpu, store, rewards, progress)
-        status = "FINISHED" if "finished" in outcome else "KILLED" if "stopped" in outcome else "FAILED"
-        said = tags(outcome.get("finished", {}))
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    except Exception as error:
-        error.add_note(f"Its checkpoints are in {folder}; --resume {folder.name} goes on after the newest.")
-        raise
-    finally:
-        _close(board, tracker, folder, status, said, progress)
-        for actor in [board, *([store] if store else []), *(replica for group in rewards for replica in group.replicas)]:
-            ray.kill(actor)  # now, and not when the last handle goes: a notebook goes on
-    return outcome
-
-
 def preflight(run: Run) -> None:
     """What can be known without a cluster. Raises ConfigError, one line per fault."""
     if found := faults(run):
@@ -214,11 +264,10 @@ def preflight(run: Run) -> None:
     tracking.uri(run)
 
 
-def connect(run: Run) -> bool:
-    """Connect to Ray unless that is done, and check that the pools fit. Returns whether the workers use GPUs."""
+def connect(run: Run) -> None:
+    """Connect to Ray unless that is done, and check that the pools fit. Raises ConfigError."""
     cluster.start()
     cluster.check_fits(lambda nodes: placement.faults(run, nodes, "the cluster"))
-    return placement.claims(run, cluster_nodes())[0].gpus > 0
 
 
 def _pools(run: Run) -> dict[str, int]:
@@ -238,78 +287,6 @@ def _not_free(run: Run) -> str:
     return " and ".join(f"{n:g} {name}s, {free.get(name, 0):g} are free" for name, n in need.items() if free.get(name, 0) < n)
 
 
-def _fresh(run: Run) -> Folder:
-    name = f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    return Folder(run.storage, PATIENCE) / name
-
-
-def _resumed(run: Run, resume: str | Path) -> Folder:
-    """The folder of a started run, checked: it exists, is not finished, and was started with this config."""
-    text = str(resume)
-    folder = Folder(text, PATIENCE) if "/" in text else Folder(run.storage, PATIENCE) / text
-    if (before := recorded_run(folder)) is None:
-        names = [name for name in Folder(run.storage).folders() if (Folder(run.storage) / name).size(RUN) is not None]
-        there = f"; there are {', '.join(names[-5:])}" if names else ""
-        raise ConfigError(f"resume = {text!r}: no run was started in {folder}{there}")
-    checkpoint.check_same_run(before, run)
-    if (finished := folder.json_or_none(checkpoint.FINISHED)) is not None:
-        stopped = finished["stopped_by"] if run.train.stop_when == Run.model_validate(before).train.stop_when else None
-        if finished["updates"] >= run.train.updates or stopped:
-            way_out = f"It was stopped by {stopped}; another train.stop_when" if stopped else "A larger train.updates"
-            raise ConfigError(
-                f"resume = {text!r}: this run is finished, {finished['updates']} of {run.train.updates} updates; its weights"
-                f" are in {folder / learn.ADAPTER}. {way_out} continues it"
-            )
-    return folder
-
-
-def _here() -> dict[str, Any]:
-    """Options of an actor that lives beside the driver: a node of a pool may be taken away."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
-
-
-def _board(tracker: Tracker, folder: Folder) -> Any:
-    import ray
-
-    return ray.remote(**_here())(Board).remote(tracker, folder.uri)
-
-
-def _store(run: Run, folder: Folder) -> Any:
-    """The weight store, which only its handle finds. When it dies it comes back empty, and the workers start anew."""
-    import ray
-
-    actor = ray.remote(**_here(), max_task_retries=-1)(WeightStore)
-    return actor.remote(folder.name, run.train.updates, pipeline.blocks(run), run.generation.max_staleness)
-
-
-def _trained(
-    run: Run,
-    folder: Folder,
-    mine: Lease,
-    held: Contents,
-    board: Any,
-    use_gpu: bool,
-    store: Any,
-    rewards: list[Group],
-    progress: Progress,
-) -> dict[str, Any]:
-    """The workers' outcome; when not all of them find a place any more, of as many as the run allows."""
-    from ray.train import ControllerError
-
-    while True:
-        try:
-            return _follow(run, _fit(run, folder, mine, held, board, use_gpu, store, rewards), board, progress, store)
-        except ControllerError:
-            if (fewer := with_fewer_trainers(run, cluster_nodes())) is None:
-                raise
-            run = fewer
-            progress.say(f"goes on with what has room: {geometry(run)}")
-
-
 def with_fewer_trainers(run: Run, nodes: Sequence[placement.Node]) -> Run | None:
     """The run with the most trainers that have room and divide its batch; None when these are fewer than it allows."""
     room, least = placement.room(run, nodes, placement.TRAIN), run.pools.train.min_replicas
@@ -320,134 +297,6 @@ def with_fewer_trainers(run: Run, nodes: Sequence[placement.Node]) -> Run | None
     return None
 
 
-def _fit(
-    run: Run, folder: Folder, mine: Lease, held: Contents, board: Any, use_gpu: bool, store: Any, rewards: list[Group]
-) -> Future[dict[str, Any]]:
-    """Start the workers in a thread: in the main one Ray would answer Ctrl-C by killing them."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    nodes = cluster_nodes()
-    claim = placement.claims(run, nodes)[0]
-    streamed = run.generation.where == "pool"
-    resources = {"CPU": claim.cpus, **({"GPU": claim.gpus} if use_gpu else {})}
-    trainer = TorchTrainer(
-        learn.work,
-        train_loop_config={
-            "run": run.model_dump_json(),
-            "timeout": run.train.timeout,
-            "folder": folder.uri,
-            "lease": mine.token,
-            "contents": held.dump(),
-            "board": board,
-            "store": store,
-            "rewards": rewards,
-        },
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=math.ceil(run.train.timeout)),
-        scaling_config=ScalingConfig(
-            num_workers=claim.replicas,
-            use_gpu=use_gpu,
-            resources_per_worker=resources,
-            label_selector=dict(claim.labels) or None,
-        ),
-        run_config=RunConfig(
-            name=folder.name,
-            storage_path=folder.uri.rpartition("/")[0],
-            # Workers that find no place within RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S: -1 looks on for ever
-            failure_config=FailureConfig(
-                max_failures=run.train.max_failures, controller_failure_limit=-1 if run.pools.train.min_replicas is None else 0
-            ),
-        ),
-        datasets={"train": pipeline.factory(run, store, rewards, contents=held)} if streamed else None,
-        dataset_config=pipeline.data_config(run, nodes) if streamed else None,
-    )
-    future: Future[dict[str, Any]] = Future()
-    # A worker whose process does not answer Ray Train, as one that was stopped, is lost after this.
-    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(min(600, math.ceil(run.train.timeout))))
-
-    def fit() -> None:
-        try:
-            future.set_result(trainer.fit().return_value)
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=fit, daemon=True, name="raydiff-fit").start()
-    return future
-
-
-def _follow(run: Run, future: Future[dict[str, Any]], board: Any, progress: Progress, store: Any) -> dict[str, Any]:
-    """Show the run until it ends. Ctrl-C asks for a last checkpoint; a second one does not wait for it."""
-    shown, room, stopping = Shown(run, board, progress), Room(run), False
-    pools = None if store is None else Asked(store, "the weight store", run.train.timeout, progress.say)
-    while True:
-        try:
-            ended = future.done()
-            told = shown.look(stopping, wait=_LAST if ended else 0.0)
-            if pools is not None and not ended and (found := pools.ask("look", run.train.timeout)):
-                _tell(progress, *found)
-            if news := room.news():
-                progress.say(news)
-            if ended and told:
-                return future.result()
-            time.sleep(_POLL)
-        except KeyboardInterrupt:
-            if stopping:
-                raise
-            stopping = True
-            progress.say("stopping: this update, then a checkpoint; Ctrl-C again stops without one")
-
-
-def _tell(progress: Progress, status: dict[str, Any], said: list[str], overdue: list[tuple[Member, str]]) -> None:
-    """Show what the store knows of the pools, and start their members again that hang."""
-    progress.pools(status)
-    for text in said:
-        progress.say(text)
-    for member, why in overdue:
-        hangs.end(member, why, progress.say)
-
-
-class Shown:
-    """The rows that the board has, each shown once, whatever becomes of the board."""
-
-    def __init__(self, run: Run, board: Any, progress: Progress) -> None:
-        self.board, self.progress = Asked(board, "the board", min(_BOARD, run.train.timeout), progress.say), progress
-        self.token, self.place = "", 0
-        self.steps: set[int] = set()
-
-    def look(self, stopping: bool, wait: float) -> bool:
-        """Show what is new, and tell the board whether the run is to stop. Returns whether it has answered."""
-        answer = self.board.ask("since", self.token, self.place, stopping, wait=wait)
-        if answer is None:
-            return wait > 0  # then it was waited for long enough
-        token, news = answer
-        self.place = len(news) + (self.place if token == self.token else 0)
-        self.token = token
-        for item in news:
-            if isinstance(item, str):
-                self.progress.restart(item)
-            elif int(item["step"]) not in self.steps:
-                self.steps.add(int(item["step"]))
-                self.progress.row(item)
-        return True
-
-
-class Room:
-    """Tells when the cluster has lost room for a pool, or has it again: a run that waits says for what."""
-
-    def __init__(self, run: Run) -> None:
-        self.run, self.next, self.lacking = run, 0.0, list[str]()
-
-    def news(self) -> str | None:
-        """What has changed, looked up every few seconds."""
-        if time.monotonic() < self.next:
-            return None
-        self.next = time.monotonic() + _LOOK
-        before, self.lacking = self.lacking, placement.faults(self.run, cluster_nodes(), "the cluster")
-        if self.lacking == before:
-            return None
-        return "\n".join(["nodes were lost", *self.lacking]) if self.lacking else "all pools have room again"
-
-
 def tags(finished: Mapping[str, Any]) -> dict[str, str]:
     """What a finished run says of itself in MLflow."""
     best, reason = finished.get("best"), finished.get("stopped_by")
@@ -455,21 +304,6 @@ def tags(finished: Mapping[str, Any]) -> dict[str, str]:
         **({tracking.BEST_TAG: str(Best(**best))} if best else {}),
         **({tracking.STOPPED_TAG: reason} if reason else {}),
     }
-
-
-def _close(board: Any, tracker: Tracker, folder: Folder, status: str, tags: dict[str, str], progress: Progress) -> None:
-    """Log what is left. MLflow's faults are told, with the way to send it later, and go no further."""
-    import ray
-
-    try:
-        left = ray.get(board.flush.remote(), timeout=60)
-        if refused := ray.get(board.left_out.remote(), timeout=60):
-            progress.say(refused)
-        tracker.finish(status, tags)
-    except Exception as error:
-        left = f"MLflow at {tracker.uri}: {error}"
-    if left:
-        progress.say(f"{left}\nraydiff log {folder} sends what is missing, when it answers again")
 
 
 def _finished(run: Run, folder: Folder, tracker: Tracker, outcome: dict[str, Any]) -> Result:

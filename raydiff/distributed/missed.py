@@ -6,7 +6,8 @@ from pathlib import PurePosixPath
 
 from raydiff.config import ConfigError, Run
 from raydiff.distributed import checkpoint, learn, tracking
-from raydiff.distributed.launch import RUN, recorded_run, tags
+from raydiff.distributed.launch import tags
+from raydiff.distributed.run_folder import RUN, recorded_run
 from raydiff.distributed.storage import Folder
 from raydiff.distributed.tracking import Board, Tracker
 

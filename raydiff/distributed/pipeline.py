@@ -57,7 +57,7 @@ def factory(
         from ray.data import ActorPoolStrategy, DataContext
 
         nodes = cluster_nodes()
-        claim = next(c for c in placement.claims(run, nodes) if c.pool == placement.GENERATE)
+        claim = placement.of(run, nodes, placement.GENERATE)
         generators = max(1, placement.room(run, nodes, placement.GENERATE))
         attempt = secrets.token_hex(8)
         ray.get(store.open.remote(attempt, generators))

@@ -317,7 +317,7 @@ def start(run: Run, nodes: Sequence[placement.Node], held: Contents | None = Non
     ConfigError when they have loaded something else than `held`, or than each other."""
     import ray
 
-    claim = next(c for c in placement.claims(run, nodes) if c.pool == placement.REWARD)
+    claim = placement.of(run, nodes, placement.REWARD)
     groups = []
     for rewards in placement.reward_groups(run):
         environment = next(iter(rewards.values())).runtime_env

@@ -19,7 +19,7 @@ import rich
 from raydiff import contents, placement
 from raydiff.config import ConfigError, Run, dump, override
 from raydiff.contents import Contents
-from raydiff.distributed import checkpoint, cluster, launch, sweep_report, tracking
+from raydiff.distributed import checkpoint, cluster, launch, run_folder, sweep_report, tracking
 from raydiff.distributed.lease import Lease
 from raydiff.distributed.progress import Progress
 from raydiff.distributed.storage import Folder
@@ -143,11 +143,11 @@ def _resumed(config: Sweep, base: Run, name: str) -> Folder:
 def _held(examples: Sequence[Run], folder: Folder, *, resumed: bool) -> Contents:
     """What the files hold that trials name, by field and place, written down. Raises ConfigError when a sweep that is gone on
     with had others."""
-    before = launch.recorded(folder)
+    before = run_folder.recorded(folder)
     found = {key: digest for run in examples for key, digest in Contents.of(run).by_place(run).items()}
     now = Contents.with_seen(found)
     if resumed:
-        now = launch.same_contents(before, now, folder)
+        now = run_folder.same_contents(before, now, folder)
     folder.write(contents.FILE, now.dump().encode())
     return now
 
@@ -229,8 +229,8 @@ def _drive(config: dict[str, Any], job: dict[str, str]) -> None:
     name = tune.get_context().get_trial_id()
     run = sweep.run(_values(config) | {"name": name, "storage": job["storage"], "tracking.uri": job["uri"]})
     tags = {"mlflow.parentRunId": job["parent"], "ray.trial_id": name}
-    started = Contents.load(job["contents"]).at_place(run)
-    launch.trial(run, name, tags, _Reporting(sweep, run.train.updates), started)
+    first = Contents.load(job["contents"]).at_place(run)
+    launch.trial(run, name, tags, _Reporting(sweep, run.train.updates), first)
 
 
 def _values(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,7 +294,7 @@ def _outcome(config: Sweep, folder: Folder, result: Any) -> Outcome:
 
 def recipe_of(trial: Folder, base: Run) -> Run:
     """The recipe that a trial ran, by its run.json; name, storage and tracking, which the sweep had set, are as in `base`."""
-    ran = Run.model_validate(launch.recorded_run(trial))
+    ran = Run.model_validate(run_folder.recorded_run(trial))
     return override(ran, {"name": base.name, "storage": base.storage, "tracking": base.tracking.model_dump(mode="json")})
 
 

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from raydiff.config import ConfigError, Run
-from raydiff.distributed import launch, tracking
-from raydiff.distributed.launch import _fresh, preflight
+from raydiff.distributed import launch, run_folder, tracking
+from raydiff.distributed.launch import preflight
 from raydiff.distributed.lease import Lease
 from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.storage import Folder
@@ -40,7 +40,7 @@ def test_sqlite_needs_a_disk(tiny_run: MakeRun) -> None:
 
 def test_fresh_runs_have_folders_of_their_own(tiny_run: MakeRun, tmp_path: Path) -> None:
     run = tiny_run(changes={"storage": str(tmp_path)})
-    names = {_fresh(run).name for _ in range(50)}
+    names = {run_folder.fresh(run).name for _ in range(50)}
     assert len(names) == 50
     assert all(re.fullmatch(r"tiny-\d{8}-\d{6}-[0-9a-f]{4}", name) for name in names)
 

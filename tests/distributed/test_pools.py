@@ -102,13 +102,13 @@ def test_killed_learner_goes_on_at_the_committed_version(undisturbed: Result, po
 def stores(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The weight stores of the runs that a test starts."""
     found: list[Any] = []
-    original = launch._store
+    original = launch.Launch._start_pools
 
-    def kept(*args: Any) -> Any:
-        found.append(original(*args))
-        return found[-1]
+    def kept(self: launch.Launch) -> None:
+        original(self)
+        found.append(self.store)
 
-    monkeypatch.setattr(launch, "_store", kept)
+    monkeypatch.setattr(launch.Launch, "_start_pools", kept)
     return found
 
 

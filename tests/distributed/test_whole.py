@@ -17,7 +17,7 @@ from pyarrow import fs
 from raydiff import drafts
 from raydiff.config import ConfigError, Run
 from raydiff.core.policy import Calls
-from raydiff.distributed import checkpoint, launch
+from raydiff.distributed import checkpoint, run_folder
 from raydiff.distributed.storage import Folder, StorageError
 
 MakeRun = Callable[..., Run]
@@ -184,10 +184,10 @@ def test_a_broken_run_json_is_read_from_the_newest_checkpoint(tiny_run: MakeRun,
         (tmp_path / "started" / "run.json").write_text(text)
         (tmp_path / "started" / "finished.json").write_text(text)  # was not finished, then
         (tmp_path / "started" / "contents.json").write_text(text)
-    assert launch._resumed(run, "started").uri == folder.uri
-    assert launch.recorded(folder) is None
+    assert run_folder.resumed(run, "started").uri == folder.uri
+    assert run_folder.recorded(folder) is None
     with pytest.raises(ConfigError, match="seed: 0 then, 1 now"):
-        launch._resumed(tiny_run(changes={"storage": str(tmp_path), "seed": 1}), "started")
+        run_folder.resumed(tiny_run(changes={"storage": str(tmp_path), "seed": 1}), "started")
     folder.delete("checkpoint_000001")
     with pytest.raises(ConfigError, match="no run was started"):
-        launch._resumed(run, "started")
+        run_folder.resumed(run, "started")
