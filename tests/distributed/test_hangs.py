@@ -66,13 +66,13 @@ def test_what_is_stopped_for_good_is_started_again(
 
     def stop() -> None:
         wait_for(lambda: next(iter(tmp_path.glob("*/checkpoint_000001/checkpoint.json")), None))
-        time.sleep(random.Random(title).uniform(0, 2))
+        time.sleep(random.Random(title).uniform(0, 1))
         stopped.append(signal_one(title, signal.SIGSTOP))
 
     thread = threading.Thread(target=stop, daemon=True)
     thread.start()
     start = time.monotonic()
-    result = train(pooled({"storage": str(tmp_path), "train.timeout": LIMIT, "rewards.blue.pause": 0.3}))
+    result = train(pooled({"storage": str(tmp_path), "train.timeout": LIMIT, "rewards.blue.pause": 1.5}))
     thread.join()
     print(f"{title}: {time.monotonic() - start:.0f} s, {said}")
     assert stopped[0] not in found(title)  # it was ended
