@@ -32,7 +32,7 @@ from raydiff.search import Sweep
 SWEEP, TUNE = "sweep.json", "tune"
 _OBJECTIVE, _QUERIES = "objective", "reward_queries"
 _SETTLE = 30.0  # seconds that an evaluation waits for MLflow at most
-_BY_CONTENT = ("recipe", "set", "content")  # fields of a sweep that are compared as the one recipe that they make
+_BY_CONTENT = ("recipe", "set", "content", "folder")  # fields of a sweep that are compared as the one recipe that they make
 _COMPARED = ("train.updates", "train.stop_when", "generation", "evaluate")  # trials are, so it stays what it is
 MAY_CHANGE = ("name", *(path for path in checkpoint.MAY_CHANGE if not path.startswith(_COMPARED)))
 """Fields of the recipe, or tables of them, that a resumed sweep may set anew: where and how its trials run."""
@@ -153,7 +153,7 @@ def _held(examples: Sequence[Run], folder: Folder, *, resumed: bool) -> Contents
 
 
 def _parent(config: Sweep, base: Run, folder: Folder, uri: str) -> tracking.Tracker:
-    fields = config.model_dump(mode="json", exclude_unset=True, exclude={"name", "content"})
+    fields = config.model_dump(mode="json", exclude_unset=True, exclude={"name", "content", "folder"})
     return tracking.open_run(uri, tracking.prepare(base), folder.name, fields)
 
 

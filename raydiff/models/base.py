@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from raydiff.config import Config, PluginConfig
+from raydiff.config import Config, InputPath, PluginConfig
 from raydiff.core.policy import LatentModel
 
 
@@ -28,7 +28,7 @@ class ModelConfig(PluginConfig):
     lora: Lora = Lora()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the frozen weights; an adapter is always fp32."""
-    adapters: tuple[str, ...] = ()
+    adapters: tuple[InputPath, ...] = ()
     """Folders of exported adapters that are merged into the base: what is trained, and its reference, starts from there. A new
     round on a run's result names its adapter here. The weights in between are rounded to `dtype`. The new adapter is for that
     sum: where it is used, all of them are."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from raydiff import assets
+from raydiff.config import InputPath
 from raydiff.core.denoise import Predict, guided
 from raydiff.core.schedule import Schedule
 from raydiff.models import checkpoint, formats, hub, lora
@@ -25,7 +26,7 @@ from raydiff.models.base import ModelConfig
 
 class Plugin(ModelConfig):
     kind: Literal["stable_diffusion"] = "stable_diffusion"
-    path: str = "embedded"
+    path: InputPath = "embedded"
     """Hub id, local folder in diffusers' StableDiffusionPipeline format, or "embedded": the model in the package."""
     revision: str | None = None
     """Of a hub id."""
