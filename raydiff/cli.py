@@ -16,6 +16,7 @@ import typer
 from raydiff import cli_pairs
 
 if TYPE_CHECKING:
+    from raydiff.bench.settings import Settings
     from raydiff.config import Pool, Run, Sampler
     from raydiff.contents import Contents
     from raydiff.generate import Adapter
@@ -249,8 +250,14 @@ def bench(
 ) -> None:
     """Compare the methods' sample efficiency on the embedded model. The same command goes on with what was interrupted."""
     from raydiff.bench.settings import FILE, load
+    from raydiff.distributed.lease import claimed
 
     compared = load(settings or FILE)
+    with claimed(to):
+        _compare(compared, to, quick, processes, tune, report, mlflow)
+
+
+def _compare(compared: Settings, to: Path, quick: bool, processes: int, tune: bool, report: bool, mlflow: bool) -> None:
     if tune:
         from raydiff.bench.tune import tune as try_all
 
@@ -305,11 +312,13 @@ def evaluate(
         raise ValueError('--mlflow: it is not installed; pip install "raydiff[jobs]", or --no-mlflow')
 
     from raydiff import evaluate as judging
+    from raydiff.distributed.lease import claimed
     from raydiff.generate import Adapter
 
     sides = Adapter.parse(adapter), None if against == "base" else Adapter.parse(against)
-    report = judging.evaluate(run, *sides, images=images, per_prompt=per_prompt, device=_device(device), progress=_progress)
-    files = report.write(to, run.evaluate.grid)
+    with claimed(to):
+        report = judging.evaluate(run, *sides, images=images, per_prompt=per_prompt, device=_device(device), progress=_progress)
+        files = report.write(to, run.evaluate.grid)
     typer.echo("\n".join([*report.lines(), *map(str, files)]))
     if mlflow or (mlflow is None and importlib.util.find_spec("mlflow")):
         from raydiff.distributed import tracking
@@ -491,16 +500,18 @@ def _draw(
     device: str | None,
 ) -> None:
     """Pictures in this process."""
+    from raydiff.distributed.lease import claimed
+
     _writable(Path(to))
+    with claimed(Path(to)):
+        from raydiff import generate as drawing
 
-    from raydiff import generate as drawing
-
-    drawing.check(adapters)
-    loaded, made_from = drawing.loaded(model, sampler, adapters, _device(device))
-    drawn = drawing.samples(loaded, prompts, seeds, sampler, batch)
-    pictures = len(prompts) * len(seeds)
-    progress = _progress(drawn, pictures, "pictures")
-    grid = drawing.write(progress, to, model=made_from["model"], sampler=sampler, adapters=adapters, made_from=made_from)
+        drawing.check(adapters)
+        loaded, made_from = drawing.loaded(model, sampler, adapters, _device(device))
+        drawn = drawing.samples(loaded, prompts, seeds, sampler, batch)
+        pictures = len(prompts) * len(seeds)
+        progress = _progress(drawn, pictures, "pictures")
+        grid = drawing.write(progress, to, model=made_from["model"], sampler=sampler, adapters=adapters, made_from=made_from)
     typer.echo(f"{pictures} pictures, images.json and {grid}")
 
 

@@ -33,7 +33,7 @@ from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.storage import Folder
 from raydiff.plan.clusters import cluster_nodes
 
-HIDDEN = "_raydiff"
+HIDDEN = lease.DATASET
 ABOUT, BAD_ROWS, LEASE = f"{HIDDEN}/dataset.json", f"{HIDDEN}/bad_rows.jsonl", f"{HIDDEN}/{lease.FILE}"
 CONTENTS = "contents"  # of `made_from`: digests of the files behind fields
 _RETRIES = 2  # of a ticket whose worker raised or died
