@@ -1,12 +1,14 @@
-"""What stands in a run's way before anything starts: missing files, unusable prompts, a storage that cannot be written."""
+"""What stands in a run's way before anything starts: missing files, unusable prompts, a method and a sampling grid that do not
+go together, a storage that cannot be written."""
 
 from __future__ import annotations
 
 import os
 import re
 from pathlib import Path
+from typing import Any
 
-from raydiff.config import QUOTED, WHERE_PATHS_ARE, Run
+from raydiff.config import QUOTED, WHERE_PATHS_ARE, Run, Sampler
 from raydiff.data.preferences import overview
 from raydiff.data.prompts import read_both
 from raydiff.data.verdicts import Verdicts
@@ -30,6 +32,7 @@ def faults(run: Run, *, hub: bool = True) -> list[str]:
             if isinstance(error, ConnectionError) and not hub:
                 continue
             found.append(_line(path, error))
+    found += _misfits(run) if not any(line.startswith("model") for line in found) else []
     if run.evaluate.clip is not None:
         from raydiff.rewards.clip import check_clip
 
@@ -49,6 +52,51 @@ def faults(run: Run, *, hub: bool = True) -> list[str]:
     if "://" not in run.storage and not _can_write(Path(run.storage)):
         found.append(f"storage = {run.storage!r}: cannot write there; give another folder")
     return found
+
+
+def model_folder(model: Any) -> Path | None:
+    """Where the model's config files lie: its folder, or its place in the Hugging Face cache. None: not on this machine."""
+    if not hasattr(model, "skeleton"):
+        return None
+    folder = Path(str(model.folder()))
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = [
+            try_to_load_from_cache(str(model.path), f"{part}_config.json" if "/s" in part else f"{part}/config.json",
+                                   revision=model.revision)
+            for part in ("unet", "vae", "text_encoder", "scheduler/scheduler")
+        ]  # fmt: skip
+    except ValueError:  # not the form of a hub id: preflight has said so
+        return None
+    return Path(str(found[0])).parents[1] if all(isinstance(f, str) for f in found) else None
+
+
+def check_grid(model: Any, sampler: Sampler) -> None:
+    """Raise ValueError for a sampling grid that a model cannot follow; not where its scheduler's config is not here."""
+    if folder := model_folder(model):
+        from raydiff.core.schedule import Schedule
+        from raydiff.models.formats import scheduler_config
+
+        Schedule.from_config(scheduler_config(folder), sampler.steps, spacing=sampler.spacing, final_alpha=sampler.final_alpha)
+
+
+def _misfits(run: Run) -> list[str]:
+    """Why the model, without its weights, the sampler's grid and the method do not go together."""
+    if (folder := model_folder(run.model)) is None:
+        return []
+    path, sampler = "model", run.sampler
+    try:
+        skeleton = run.model.skeleton(folder, reference=run.method.needs_reference)
+        path = "sampler"
+        grid = skeleton.schedule(sampler.steps, sampler.spacing, sampler.final_alpha)
+        path = "method"
+        run.method.check_grid(grid, sampler.eta)
+    except (ValueError, OSError) as error:
+        return [_line(path, error)]
+    return []
 
 
 def _line(path: str, error: Exception) -> str:

@@ -24,6 +24,7 @@ from raydiff.distributed.batch import HIDDEN, BadRow, Output, Summary, Worker
 from raydiff.distributed.storage import Folder
 from raydiff.generate import Adapter, Sample
 from raydiff.models.base import ModelConfig
+from raydiff.preflight import check_grid
 
 PROMPTS = f"{HIDDEN}/prompts.parquet"
 _THREADS = 4  # of an actor, that encode and write pictures while the next ones are sampled
@@ -70,6 +71,7 @@ def generate(
     """
     drawing.check(adapters)
     model.preflight()
+    check_grid(model, sampler)
     png = not to.rstrip("/").endswith(".parquet")
     output = Output(Folder(to).uri, HIDDEN if png else "", ".jsonl" if png else ".parquet")
     held = Contents.with_seen(drawing.files(model, adapters))  # before what rows say of them

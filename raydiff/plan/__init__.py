@@ -7,7 +7,6 @@ numbers whose calls are counted, and once on the model's shapes (torch's meta de
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -18,7 +17,7 @@ from raydiff.placement import Claim
 from raydiff.plan.clusters import Machine
 from raydiff.plan.cost import count
 from raydiff.plan.memory import Memory, Model, gib, measure
-from raydiff.preflight import faults, metrics_fault
+from raydiff.preflight import faults, metrics_fault, model_folder
 
 
 @dataclass(frozen=True)
@@ -59,17 +58,14 @@ def plan(run: Run, machine: Machine) -> Plan:
     )
 
     model: Model | None = None
-    folder = model_folder(run)
+    folder = model_folder(run.model)
     if folder is None:
         notes.append(
             f"model: {getattr(run.model, 'path', run.model.kind)!r} is neither a folder nor in the Hugging Face cache here:"
             " parameters and memory are not known until it is downloaded"
         )
-    elif not any(fault.startswith("model") for fault in problems):
-        try:
-            model = measure(run, folder)
-        except ValueError as error:
-            problems.append(str(error))
+    elif not any(fault.startswith(("model", "sampler", "method")) for fault in problems):
+        model = measure(run, folder)
     if model is not None:
         problems += _too_big(run, machine, model.memory, gpu=claims[0].gpus > 0)
         notes.append(
@@ -82,26 +78,6 @@ def plan(run: Run, machine: Machine) -> Plan:
         model.memory if model else None, _disk(run, model) if model else None, _traffic(run, model, update) if model else {},
         tuple(claims), machine, tuple(problems), tuple(notes),
     )  # fmt: skip
-
-
-def model_folder(run: Run) -> Path | None:
-    """Where the model's config files lie: its folder, or its place in the Hugging Face cache. None: not on this machine."""
-    if not hasattr(run.model, "skeleton"):
-        return None
-    folder = Path(str(run.model.folder()))
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        found = [
-            try_to_load_from_cache(str(run.model.path), f"{part}_config.json" if "/s" in part else f"{part}/config.json",
-                                   revision=run.model.revision)
-            for part in ("unet", "vae", "text_encoder", "scheduler/scheduler")
-        ]  # fmt: skip
-    except ValueError:  # not the form of a hub id: preflight has said so
-        return None
-    return Path(str(found[0])).parents[1] if all(isinstance(f, str) for f in found) else None
 
 
 def _disk(run: Run, model: Model) -> int:
