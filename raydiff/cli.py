@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from raydiff import cli_pairs
+from raydiff.cli_pairs import OwnCode
 
 if TYPE_CHECKING:
     from raydiff.bench.settings import Settings
@@ -33,9 +34,6 @@ app.add_typer(cli_pairs.app, name="pairs")
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A run file: TOML, or the run.json of an earlier run.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="PATH=VALUE...", help="Fields to set anew, e.g. method.k=2 train.updates=20.")
-]
-OwnCode = Annotated[
-    bool, typer.Option("--own-code/--no-own-code", help="Without: refuse a recipe that names code, as a kind or a runtime_env.")
 ]
 Replicas = Annotated[int | None, typer.Option(help="Actors of the pool, on Ray.", rich_help_panel="On Ray")]
 NumGpus = Annotated[
@@ -65,7 +63,7 @@ def train(
     """Fine-tune a model: on the Ray cluster that RAY_ADDRESS names, or on one that is started here."""
     from raydiff.config import load
 
-    run = load(recipe, overrides or (), own_code=own_code)
+    run = load(recipe, overrides or ())
     if local and resume:
         raise ValueError("--resume needs checkpoints, and --local makes none: leave one of them out")
     if local:
@@ -90,14 +88,19 @@ def submit(
     own_code: OwnCode = True,
 ) -> None:
     """Check a run against a cluster, submit it there as a job, and follow it."""
-    if not own_code:
-        from raydiff.config import load
-
-        load(recipe, overrides or (), own_code=False)
     from raydiff import submit as jobs
 
     where = working_dir if upload else None
-    code = jobs.submit(recipe, overrides or (), resume=resume, address=address, working_dir=where, grows=grows, follow=follow)
+    code = jobs.submit(
+        recipe,
+        overrides or (),
+        resume=resume,
+        address=address,
+        working_dir=where,
+        grows=grows,
+        follow=follow,
+        own_code=own_code,
+    )
     raise typer.Exit(code)
 
 
@@ -137,6 +140,7 @@ def generate(
     label: Label = None,
     rows_per_file: RowsPerFile = None,
     max_bad_rows: MaxBadRows = None,
+    own_code: OwnCode = True,
 ) -> None:
     """Sample pictures of a model, with any mixture of adapters: each as PNG, a grid of all, and images.json.
 
@@ -199,6 +203,7 @@ def score(
     label: Label = None,
     rows_per_file: RowsPerFile = None,
     max_bad_rows: MaxBadRows = None,
+    own_code: OwnCode = True,
 ) -> None:
     """Add a column for each reward to a dataset of pictures, on Ray. The same command goes on with what was interrupted."""
     from raydiff.data.images import Columns
@@ -224,6 +229,7 @@ def sweep(
     resume: Annotated[
         str | None, typer.Option(metavar="NAME", help="Run again what failed in a sweep, from checkpoints.")
     ] = None,
+    own_code: OwnCode = True,
 ) -> None:
     """Run a recipe with many settings, by Ray Tune. Exit code 1 when a trial failed."""
     from raydiff.search import load
@@ -247,6 +253,7 @@ def bench(
     tune: Annotated[bool, typer.Option("--tune", help="Train each method's candidate settings instead.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Only the tables and figures of the records in FOLDER.")] = False,
     mlflow: Annotated[bool, typer.Option(help="Log the report to MLflow, in FOLDER/mlflow.db.")] = True,
+    own_code: OwnCode = True,
 ) -> None:
     """Compare the methods' sample efficiency on the embedded model. The same command goes on with what was interrupted."""
     from raydiff.bench.settings import FILE, load
@@ -305,7 +312,7 @@ def evaluate(
         raise ValueError("--adapter is missing: give the folder of an exported adapter, or of a run")
     extra = [f"prompts.held_out={json.dumps(str(prompts_file))}"] if prompts_file else []
     judged = [f"evaluate.rewards.{name}.kind={json.dumps(kind)}" for name, kind in _kinds(reward or []).items()]
-    run = load(recipe, [*(overrides or ()), *extra, *judged], own_code=own_code)
+    run = load(recipe, [*(overrides or ()), *extra, *judged])
     _preflight(run)
     _writable(to)
     if mlflow and not importlib.util.find_spec("mlflow"):
@@ -332,6 +339,7 @@ def evaluate(
 @app.command()
 def log(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Of a run that has ended, e.g. runs/NAME.")],
+    own_code: OwnCode = True,
 ) -> None:
     """Send MLflow what it missed of a run while it did not answer."""
     from raydiff.distributed import missed
@@ -358,7 +366,7 @@ def plan(
         raise ValueError("--address and --cluster name two clusters: leave one of them out")
     from raydiff.config import load
 
-    run = load(recipe, overrides or (), own_code=own_code)
+    run = load(recipe, overrides or ())
 
     from rich.console import Console
 

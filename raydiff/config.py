@@ -18,7 +18,9 @@ import pkgutil
 import re
 import tomllib
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeVar
@@ -114,11 +116,24 @@ def plugin(package: str, base: str) -> Any:
             return value
         if "kind" not in value:
             raise ValueError(f'needs kind = "...", one of {", ".join(kinds(package))}, or a module of your own')
-        if info.context and not info.context.get("own_code", True):
+        if not _own_code.get():
             _no_code(value)
         return _plugin(package, base, value["kind"]).model_validate(dict(value), context=info.context)
 
     return Annotated[SerializeAsAny[PluginConfig], BeforeValidator(resolve)]
+
+
+_own_code = ContextVar("own_code", default=True)
+
+
+@contextmanager
+def no_own_code() -> Iterator[None]:
+    """Inside, reading a run, a sweep or rewards refuses a kind that is a module, which is not imported, and a runtime_env."""
+    token = _own_code.set(False)
+    try:
+        yield
+    finally:
+        _own_code.reset(token)
 
 
 def _no_code(table: Mapping[str, Any]) -> None:
@@ -585,7 +600,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, own_code: bool = Tr
 
     TOML has no null: there as in overrides, the word "none" is None. A relative path of what is read is looked for beside the
     file, then in the current folder; one in an override in the current folder only. A recipe is code: a kind may be any module,
-    which reading imports. Without `own_code` such a kind, or a runtime_env, is refused and nothing of it imported.
+    which reading imports. Without `own_code` it is read as in `no_own_code`.
     """
     path = Path(path)
     try:
@@ -597,8 +612,9 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, own_code: bool = Tr
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path}: not valid {path.suffix[1:].upper()}: {error}") from None
     given = parsed(overrides)
-    run: Run = validated(_with(tree, given), own_code=own_code, folder=path.parent.resolve())
-    return override(run, given, own_code=own_code)  # again, as their paths are not the file's
+    with nullcontext() if own_code else no_own_code():
+        run: Run = validated(_with(tree, given), folder=path.parent.resolve())
+        return override(run, given)  # again, as their paths are not the file's
 
 
 def rewards(kinds: Mapping[str, str], overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -607,17 +623,17 @@ def rewards(kinds: Mapping[str, str], overrides: Sequence[str] = ()) -> dict[str
     return dict(validated(_with(tree, parsed(overrides)), _OnlyRewards).rewards.named)
 
 
-def override(run: Run, values: Mapping[str, Any], *, own_code: bool = True, folder: Path | None = None) -> Run:
+def override(run: Run, values: Mapping[str, Any], *, folder: Path | None = None) -> Run:
     """The run with some dotted paths set anew, e.g. {"method.k": 2}; everything is validated again. Raises ConfigError.
 
     `folder`: of the file that `values` stand in, where what they name is looked for first.
     """
     tree = run.model_dump(mode="json")
     if folder is not None:
-        located: Run = validated(_with(tree, values), own_code=own_code, folder=folder)
+        located: Run = validated(_with(tree, values), folder=folder)
         seen = located.model_dump(mode="json")
         values = {path: value if (found := _at(seen, path)) is None else found for path, value in values.items()}
-    return validated(_with(tree, values), own_code=own_code)
+    return validated(_with(tree, values))
 
 
 def flat(run: Run) -> dict[str, Any]:
@@ -662,12 +678,11 @@ def validated(
     tree: Mapping[str, Any],
     kind: type[T] = Run,  # type: ignore[assignment]
     *,
-    own_code: bool = True,
     folder: Path | None = None,
 ) -> T:
     """The tree as a config; `folder` is that of the file that it stands in. Raises ConfigError."""
     try:
-        return kind.model_validate(tree, context={"own_code": own_code, "folder": folder})
+        return kind.model_validate(tree, context={"folder": folder})
     except ValidationError as error:
         raise ConfigError("\n".join(_line(e) for e in error.errors(include_url=False))) from None
 
