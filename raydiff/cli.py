@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -432,6 +431,7 @@ def _train_here(run: Run) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from raydiff import drafts, local, watch
+    from raydiff.config import fresh_name
     from raydiff.contents import FILE, Contents
     from raydiff.core.guard import METRICS
 
@@ -439,7 +439,7 @@ def _train_here(run: Run) -> None:
         raise ValueError(f"storage = {run.storage!r}: a run with --local writes to a folder of this machine")
     gpus = run.pools.train.num_gpus
     device = "cpu" if gpus == 0 else _device(None) if gpus is None else _device("cuda", f"pools.train.num_gpus = {gpus:g}:")
-    folder = Path(run.storage) / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(run.storage) / fresh_name(run.name)
     _writable(folder)
     held = Contents.of(run)
     for name, text in {FILE: held.dump(), "run.json": run.model_dump_json(indent=1)}.items():

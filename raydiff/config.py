@@ -16,6 +16,8 @@ import operator
 import os
 import pkgutil
 import re
+import secrets
+import time
 import tomllib
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -621,6 +623,11 @@ def rewards(kinds: Mapping[str, str], overrides: Sequence[str] = ()) -> dict[str
     """Rewards {name: kind} without a run, with overrides like `rewards.NAME.FIELD=value`. Raises ConfigError."""
     tree = {"rewards": {name: {"kind": kind} for name, kind in kinds.items()}}
     return dict(validated(_with(tree, parsed(overrides)), _OnlyRewards).rewards.named)
+
+
+def fresh_name(name: str) -> str:
+    """The name of a run or sweep that starts now, which no other has: one never continues another by accident."""
+    return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def override(run: Run, values: Mapping[str, Any], *, folder: Path | None = None) -> Run:

@@ -152,6 +152,20 @@ def test_ctrl_c_is_130(call: Call, recipe: Path, monkeypatch: pytest.MonkeyPatch
     assert call("train", recipe, "--local")[0] == 130
 
 
+def test_two_runs_of_one_second_have_folders_of_their_own(
+    call: Call, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("raydiff.local.fit", stopped)
+    monkeypatch.setattr("time.strftime", lambda form, *_: "20300101-000000")
+    for _ in range(2):
+        assert call("train", recipe, "--local")[0] == 130
+    folders = sorted((tmp_path / "runs").iterdir())
+    assert len(folders) == 2 and all(f.name.startswith("tiny-20300101-000000-") for f in folders)
+
+
 def test_unknown_commands_and_options_are_2(call: Call) -> None:
     assert call("trian")[0] == 2
     assert call("train")[0] == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
 import shlex
 import signal
 import threading
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from raydiff import __version__, contents, placement
-from raydiff.config import ConfigError, Run, geometry, override
+from raydiff.config import ConfigError, Run, fresh_name, geometry, override
 from raydiff.contents import Contents
 from raydiff.distributed import checkpoint, cluster, learn, pipeline, score, tracking
 from raydiff.distributed.lease import Lease
@@ -231,8 +230,7 @@ def _not_free(run: Run) -> str:
 
 
 def _fresh(run: Run) -> Folder:
-    name = f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    return Folder(run.storage, PATIENCE) / name
+    return Folder(run.storage, PATIENCE) / fresh_name(run.name)
 
 
 def _resumed(run: Run, resume: str | Path) -> Folder:

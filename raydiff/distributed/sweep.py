@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import secrets
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 import rich
 
 from raydiff import contents, placement
-from raydiff.config import ConfigError, Run, dump, override
+from raydiff.config import ConfigError, Run, dump, fresh_name, override
 from raydiff.contents import Contents
 from raydiff.distributed import checkpoint, cluster, launch, learn, sweep_report, tracking
 from raydiff.distributed.lease import Lease
@@ -115,7 +113,7 @@ def _preflight(config: Sweep, base: Run, examples: Sequence[Run]) -> None:
 
 
 def _fresh(config: Sweep, base: Run) -> Folder:
-    folder = Folder(base.storage) / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    folder = Folder(base.storage) / fresh_name(config.name)
     folder.write(SWEEP, config.model_dump_json(indent=1).encode())
     return folder
 
