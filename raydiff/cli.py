@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from raydiff import cli_pairs
+from raydiff.cli_pairs import OwnCode
 
 if TYPE_CHECKING:
+    from raydiff.bench.settings import Settings
     from raydiff.config import Pool, Run, Sampler
     from raydiff.contents import Contents
     from raydiff.generate import Adapter
@@ -32,9 +33,6 @@ app.add_typer(cli_pairs.app, name="pairs")
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A run file: TOML, or the run.json of an earlier run.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="PATH=VALUE...", help="Fields to set anew, e.g. method.k=2 train.updates=20.")
-]
-OwnCode = Annotated[
-    bool, typer.Option("--own-code/--no-own-code", help="Without: refuse a recipe that names code, as a kind or a runtime_env.")
 ]
 Replicas = Annotated[int | None, typer.Option(help="Actors of the pool, on Ray.", rich_help_panel="On Ray")]
 NumGpus = Annotated[
@@ -64,7 +62,7 @@ def train(
     """Fine-tune a model: on the Ray cluster that RAY_ADDRESS names, or on one that is started here."""
     from raydiff.config import load
 
-    run = load(recipe, overrides or (), own_code=own_code)
+    run = load(recipe, overrides or ())
     if local and resume:
         raise ValueError("--resume needs checkpoints, and --local makes none: leave one of them out")
     if local:
@@ -89,14 +87,19 @@ def submit(
     own_code: OwnCode = True,
 ) -> None:
     """Check a run against a cluster, submit it there as a job, and follow it."""
-    if not own_code:
-        from raydiff.config import load
-
-        load(recipe, overrides or (), own_code=False)
     from raydiff import submit as jobs
 
     where = working_dir if upload else None
-    code = jobs.submit(recipe, overrides or (), resume=resume, address=address, working_dir=where, grows=grows, follow=follow)
+    code = jobs.submit(
+        recipe,
+        overrides or (),
+        resume=resume,
+        address=address,
+        working_dir=where,
+        grows=grows,
+        follow=follow,
+        own_code=own_code,
+    )
     raise typer.Exit(code)
 
 
@@ -136,6 +139,7 @@ def generate(
     label: Label = None,
     rows_per_file: RowsPerFile = None,
     max_bad_rows: MaxBadRows = None,
+    own_code: OwnCode = True,
 ) -> None:
     """Sample pictures of a model, with any mixture of adapters: each as PNG, a grid of all, and images.json.
 
@@ -198,6 +202,7 @@ def score(
     label: Label = None,
     rows_per_file: RowsPerFile = None,
     max_bad_rows: MaxBadRows = None,
+    own_code: OwnCode = True,
 ) -> None:
     """Add a column for each reward to a dataset of pictures, on Ray. The same command goes on with what was interrupted."""
     from raydiff.data.images import Columns
@@ -223,6 +228,7 @@ def sweep(
     resume: Annotated[
         str | None, typer.Option(metavar="NAME", help="Run again what failed in a sweep, from checkpoints.")
     ] = None,
+    own_code: OwnCode = True,
 ) -> None:
     """Run a recipe with many settings, by Ray Tune. Exit code 1 when a trial failed."""
     from raydiff.search import load
@@ -246,11 +252,18 @@ def bench(
     tune: Annotated[bool, typer.Option("--tune", help="Train each method's candidate settings instead.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Only the tables and figures of the records in FOLDER.")] = False,
     mlflow: Annotated[bool, typer.Option(help="Log the report to MLflow, in FOLDER/mlflow.db.")] = True,
+    own_code: OwnCode = True,
 ) -> None:
     """Compare the methods' sample efficiency on the embedded model. The same command goes on with what was interrupted."""
     from raydiff.bench.settings import FILE, load
+    from raydiff.distributed.lease import claimed
 
     compared = load(settings or FILE)
+    with claimed(to):
+        _compare(compared, to, quick, processes, tune, report, mlflow)
+
+
+def _compare(compared: Settings, to: Path, quick: bool, processes: int, tune: bool, report: bool, mlflow: bool) -> None:
     if tune:
         from raydiff.bench.tune import tune as try_all
 
@@ -298,18 +311,20 @@ def evaluate(
         raise ValueError("--adapter is missing: give the folder of an exported adapter, or of a run")
     extra = [f"prompts.held_out={json.dumps(str(prompts_file))}"] if prompts_file else []
     judged = [f"evaluate.rewards.{name}.kind={json.dumps(kind)}" for name, kind in _kinds(reward or []).items()]
-    run = load(recipe, [*(overrides or ()), *extra, *judged], own_code=own_code)
+    run = load(recipe, [*(overrides or ()), *extra, *judged])
     _preflight(run)
     _writable(to)
     if mlflow and not importlib.util.find_spec("mlflow"):
         raise ValueError('--mlflow: it is not installed; pip install "raydiff[jobs]", or --no-mlflow')
 
     from raydiff import evaluate as judging
+    from raydiff.distributed.lease import claimed
     from raydiff.generate import Adapter
 
     sides = Adapter.parse(adapter), None if against == "base" else Adapter.parse(against)
-    report = judging.evaluate(run, *sides, images=images, per_prompt=per_prompt, device=_device(device), progress=_progress)
-    files = report.write(to, run.evaluate.grid)
+    with claimed(to):
+        report = judging.evaluate(run, *sides, images=images, per_prompt=per_prompt, device=_device(device), progress=_progress)
+        files = report.write(to, run.evaluate.grid)
     typer.echo("\n".join([*report.lines(), *map(str, files)]))
     if mlflow or (mlflow is None and importlib.util.find_spec("mlflow")):
         from raydiff.distributed import tracking
@@ -323,6 +338,7 @@ def evaluate(
 @app.command()
 def log(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Of a run that has ended, e.g. runs/NAME.")],
+    own_code: OwnCode = True,
 ) -> None:
     """Send MLflow what it missed of a run while it did not answer."""
     from raydiff.distributed import missed
@@ -349,7 +365,7 @@ def plan(
         raise ValueError("--address and --cluster name two clusters: leave one of them out")
     from raydiff.config import load
 
-    run = load(recipe, overrides or (), own_code=own_code)
+    run = load(recipe, overrides or ())
 
     from rich.console import Console
 
@@ -415,6 +431,7 @@ def _train_here(run: Run) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from raydiff import drafts, local, watch
+    from raydiff.config import fresh_name
     from raydiff.contents import FILE, Contents
     from raydiff.core.guard import METRICS
 
@@ -422,7 +439,7 @@ def _train_here(run: Run) -> None:
         raise ValueError(f"storage = {run.storage!r}: a run with --local writes to a folder of this machine")
     gpus = run.pools.train.num_gpus
     device = "cpu" if gpus == 0 else _device(None) if gpus is None else _device("cuda", f"pools.train.num_gpus = {gpus:g}:")
-    folder = Path(run.storage) / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(run.storage) / fresh_name(run.name)
     _writable(folder)
     held = Contents.of(run)
     for name, text in {FILE: held.dump(), "run.json": run.model_dump_json(indent=1)}.items():
@@ -491,16 +508,18 @@ def _draw(
     device: str | None,
 ) -> None:
     """Pictures in this process."""
+    from raydiff.distributed.lease import claimed
+
     _writable(Path(to))
+    with claimed(Path(to)):
+        from raydiff import generate as drawing
 
-    from raydiff import generate as drawing
-
-    drawing.check(adapters)
-    loaded, made_from = drawing.loaded(model, sampler, adapters, _device(device))
-    drawn = drawing.samples(loaded, prompts, seeds, sampler, batch)
-    pictures = len(prompts) * len(seeds)
-    progress = _progress(drawn, pictures, "pictures")
-    grid = drawing.write(progress, to, model=made_from["model"], sampler=sampler, adapters=adapters, made_from=made_from)
+        drawing.check(adapters)
+        loaded, made_from = drawing.loaded(model, sampler, adapters, _device(device))
+        drawn = drawing.samples(loaded, prompts, seeds, sampler, batch)
+        pictures = len(prompts) * len(seeds)
+        progress = _progress(drawn, pictures, "pictures")
+        grid = drawing.write(progress, to, model=made_from["model"], sampler=sampler, adapters=adapters, made_from=made_from)
     typer.echo(f"{pictures} pictures, images.json and {grid}")
 
 

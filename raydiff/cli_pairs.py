@@ -24,6 +24,25 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="PATH=VALUE...", 
 Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one.")]
 
 
+def _no_own_code(context: typer.Context, allowed: bool) -> bool:
+    """Until the command has ended, whatever it reads."""
+    if not allowed:
+        from raydiff.config import no_own_code
+
+        context.with_resource(no_own_code())
+    return allowed
+
+
+OwnCode = Annotated[
+    bool,
+    typer.Option(
+        "--own-code/--no-own-code",
+        callback=_no_own_code,
+        help="Without: refuse what names code, as a kind or a runtime_env.",
+    ),
+]
+
+
 class Ties(StrEnum):
     drop = "drop"
     keep = "keep"
@@ -94,6 +113,7 @@ def from_rewards(
     min_margin: Margin = 0.0,
     max_bad_rows: MaxBadRows = 100,
     device: Device = None,
+    own_code: OwnCode = True,
 ) -> None:
     """AI feedback: draw the recipe's training prompts with its model, and label by its rewards.
 
@@ -113,7 +133,13 @@ def from_rewards(
 
 
 @app.command()
-def to_label(recipe: RecipeFile, overrides: Overrides = None, to: To = Path("to_label.parquet"), device: Device = None) -> None:
+def to_label(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    to: To = Path("to_label.parquet"),
+    device: Device = None,
+    own_code: OwnCode = True,
+) -> None:
     """Draw what D3PO with method.source = "labels" will train on, for people to fill in the column label: 1, 0.5 or 0."""
     from raydiff.config import load
     from raydiff.data import feedback
@@ -127,6 +153,7 @@ def encode(
     overrides: Overrides = None,
     device: Device = None,
     ray: Annotated[bool, typer.Option("--ray", help="On a Ray cluster, by the recipe's [pools.generate].")] = False,
+    own_code: OwnCode = True,
 ) -> None:
     """Encode a recipe's pairs into latents ahead of training, which otherwise does so when it starts."""
     from raydiff.config import load

@@ -13,16 +13,22 @@ import importlib.util
 import json
 import math
 import operator
+import os
 import pkgutil
 import re
+import secrets
+import time
 import tomllib
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -42,6 +48,28 @@ QUOTED = r"%[0-9A-Fa-f]{2}"
 
 class ConfigError(ValueError):
     """A run file that cannot work: one line per fault, each with the field's dotted path, the value and the way out."""
+
+
+WHERE_PATHS_ARE = "a relative path in a run file is looked for beside that file, then in the current folder"
+
+
+def seen_from_here(text: str, folder: Path | None) -> str:
+    """A path in a file of `folder`: of what lies there, if it does, as seen from the current folder; else `text`."""
+    if folder is None or not text or Path(text).is_absolute() or not os.path.exists(found := folder.absolute() / text):
+        return text
+    return str(found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found)
+
+
+def beside(*words: str) -> AfterValidator:
+    """Marks a field of text that names a file or folder to be read, or is one of `words`, which name none.
+
+    A relative path that is not beside the run file stays as it is: one from the current folder, a URI or a hub id.
+    """
+
+    def located(text: str, info: ValidationInfo) -> str:
+        return text if text in words else seen_from_here(text, (info.context or {}).get("folder"))
+
+    return AfterValidator(located)
 
 
 class Config(BaseModel):
@@ -90,11 +118,24 @@ def plugin(package: str, base: str) -> Any:
             return value
         if "kind" not in value:
             raise ValueError(f'needs kind = "...", one of {", ".join(kinds(package))}, or a module of your own')
-        if info.context and not info.context["own_code"]:
+        if not _own_code.get():
             _no_code(value)
-        return _plugin(package, base, value["kind"]).model_validate(dict(value))
+        return _plugin(package, base, value["kind"]).model_validate(dict(value), context=info.context)
 
     return Annotated[SerializeAsAny[PluginConfig], BeforeValidator(resolve)]
+
+
+_own_code = ContextVar("own_code", default=True)
+
+
+@contextmanager
+def no_own_code() -> Iterator[None]:
+    """Inside, reading a run, a sweep or rewards refuses a kind that is a module, which is not imported, and a runtime_env."""
+    token = _own_code.set(False)
+    try:
+        yield
+    finally:
+        _own_code.reset(token)
 
 
 def _no_code(table: Mapping[str, Any]) -> None:
@@ -140,6 +181,9 @@ def kinds(package: str) -> tuple[str, ...]:
 def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
+
+InputPath = Annotated[str, beside("embedded")]
+"""The type of a field that names a file or folder to be read; "embedded" is what the package holds."""
 
 if TYPE_CHECKING:  # each value is the Plugin of a module of that package
     from raydiff.methods.base import Method as MethodField
@@ -248,16 +292,16 @@ class Pools(Config):
 class Prompts(Config):
     """Where prompts come from: "embedded", a .txt (one a line) or .parquet (column `prompt`) file, or a list."""
 
-    train: str | tuple[str, ...] = "embedded"
+    train: InputPath | tuple[str, ...] = "embedded"
     """Prompts to train on, drawn in shuffled passes."""
-    held_out: str | tuple[str, ...] = "embedded"
+    held_out: InputPath | tuple[str, ...] = "embedded"
     """Prompts for evaluation only; one that is in `train` too is refused."""
 
 
 class Pairs(Config):
     """Labelled pairs of pictures, which `method.source = "dataset"` trains on in place of samples."""
 
-    path: str | None = None
+    path: InputPath | None = None
     """Parquet file, or folder of them, in the schema of raydiff.data.preferences; `raydiff pairs` makes one."""
     split: str | None = None
     """Split of `path`, where that is a data folder of several as Hugging Face lays them out, e.g. "train"; "all" for all."""
@@ -401,7 +445,7 @@ class Evaluate(Config):
     drift_images: int = Field(8, ge=0)
     """Of the pictures, how many are the fixed probe of how far training has moved from the base model, the metrics `drift` and
     `latent_norm`: four denoiser calls each an evaluation, and one walk of the base model. 0 turns it off."""
-    clip: str | None = "embedded"
+    clip: InputPath | None = "embedded"
     """CLIP whose image embeddings measure `diversity`, the mean cosine distance of the pictures' pairs: "embedded", a folder or
     a hub id. A field of its own, as rewards may live in a pool and need not be a CLIP. None turns it off."""
 
@@ -556,8 +600,9 @@ def geometry(run: Run, workers: int | None = None) -> Geometry:
 def load(path: str | Path, overrides: Sequence[str] = (), *, own_code: bool = True) -> Run:
     """A run from a TOML file (or the JSON of a run) and `path=value` overrides. Raises ConfigError.
 
-    TOML has no null: there as in overrides, the word "none" is None. A recipe is code: a kind may be any module, which reading
-    imports. Without `own_code` such a kind, or a runtime_env, is refused and nothing of it imported.
+    TOML has no null: there as in overrides, the word "none" is None. A relative path of what is read is looked for beside the
+    file, then in the current folder; one in an override in the current folder only. A recipe is code: a kind may be any module,
+    which reading imports. Without `own_code` it is read as in `no_own_code`.
     """
     path = Path(path)
     try:
@@ -568,7 +613,10 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, own_code: bool = Tr
         raise ConfigError(f"recipe {str(path)!r} does not exist{_nearest(path.name, near)}") from None
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path}: not valid {path.suffix[1:].upper()}: {error}") from None
-    return validated(_with(tree, parsed(overrides)), own_code=own_code)
+    given = parsed(overrides)
+    with nullcontext() if own_code else no_own_code():
+        run: Run = validated(_with(tree, given), folder=path.parent.resolve())
+        return override(run, given)  # again, as their paths are not the file's
 
 
 def rewards(kinds: Mapping[str, str], overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -577,9 +625,22 @@ def rewards(kinds: Mapping[str, str], overrides: Sequence[str] = ()) -> dict[str
     return dict(validated(_with(tree, parsed(overrides)), _OnlyRewards).rewards.named)
 
 
-def override(run: Run, values: Mapping[str, Any]) -> Run:
-    """The run with some dotted paths set anew, e.g. {"method.k": 2}; everything is validated again. Raises ConfigError."""
-    return validated(_with(run.model_dump(mode="json"), values))
+def fresh_name(name: str) -> str:
+    """The name of a run or sweep that starts now, which no other has: one never continues another by accident."""
+    return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def override(run: Run, values: Mapping[str, Any], *, folder: Path | None = None) -> Run:
+    """The run with some dotted paths set anew, e.g. {"method.k": 2}; everything is validated again. Raises ConfigError.
+
+    `folder`: of the file that `values` stand in, where what they name is looked for first.
+    """
+    tree = run.model_dump(mode="json")
+    if folder is not None:
+        located: Run = validated(_with(tree, values), folder=folder)
+        seen = located.model_dump(mode="json")
+        values = {path: value if (found := _at(seen, path)) is None else found for path, value in values.items()}
+    return validated(_with(tree, values))
 
 
 def flat(run: Run) -> dict[str, Any]:
@@ -620,10 +681,15 @@ def _key(name: str) -> str:
     return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
 
 
-def validated(tree: Mapping[str, Any], kind: type[T] = Run, *, own_code: bool = True) -> T:  # type: ignore[assignment]
-    """The tree as a config. Raises ConfigError."""
+def validated(
+    tree: Mapping[str, Any],
+    kind: type[T] = Run,  # type: ignore[assignment]
+    *,
+    folder: Path | None = None,
+) -> T:
+    """The tree as a config; `folder` is that of the file that it stands in. Raises ConfigError."""
     try:
-        return kind.model_validate(tree, context={"own_code": own_code})
+        return kind.model_validate(tree, context={"folder": folder})
     except ValidationError as error:
         raise ConfigError("\n".join(_line(e) for e in error.errors(include_url=False))) from None
 
@@ -670,6 +736,13 @@ def _with(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
                 raise ConfigError(f"{path}: {table!r} is a value, not a table")
         node[leaf] = value
     return copy
+
+
+def _at(tree: Any, path: str) -> Any:
+    """What stands at a dotted path; None also where a table that was set later does not have it."""
+    for key in path.split("."):
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

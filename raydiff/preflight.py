@@ -1,4 +1,5 @@
-"""What stands in a run's way before anything starts: missing files, unusable prompts, a storage that cannot be written."""
+"""What stands in a run's way before anything starts: missing files, unusable prompts, a method and a sampling grid that do not
+go together, a storage that cannot be written."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from raydiff.config import QUOTED, Run
+from raydiff.config import QUOTED, WHERE_PATHS_ARE, Run
 from raydiff.data.preferences import overview
 from raydiff.data.prompts import read_both
 from raydiff.data.verdicts import Verdicts
@@ -29,26 +30,49 @@ def faults(run: Run, *, hub: bool = True) -> list[str]:
         except (ValueError, OSError, ImportError) as error:
             if isinstance(error, ConnectionError) and not hub:
                 continue
-            found.append(str(error) if str(error).startswith(path) else f"{path}: {error}")
+            found.append(_line(path, error))
+    found += _misfits(run) if not any(line.startswith("model") for line in found) else []
     if run.evaluate.clip is not None:
         from raydiff.rewards.clip import check_clip
 
         try:
             check_clip(run.evaluate.clip, text=False)
         except (ValueError, OSError) as error:
-            found.append(f"evaluate.clip: {error}")
+            found.append(_line("evaluate.clip", error))
     try:
         read_both(run.prompts, run.model.tokenizers())
     except (ValueError, OSError) as error:
-        found.append(str(error) if str(error).startswith("prompts") else f"prompts: {error}")
+        found.append(_line("prompts", error))
     if run.method.labelled or run.method.judged:
         try:
             (Verdicts.read if run.method.judged else overview)(str(run.pairs.path), split=run.pairs.split)
         except (ValueError, OSError) as error:
-            found.append(str(error) if str(error).startswith("pairs") else f"pairs.path: {error}")
+            found.append(_line("pairs.path", error))
     if "://" not in run.storage and not _can_write(Path(run.storage)):
         found.append(f"storage = {run.storage!r}: cannot write there; give another folder")
     return found
+
+
+def _misfits(run: Run) -> list[str]:
+    """Why the model, without its weights, the sampler's grid and the method do not go together."""
+    if (folder := run.model.config_folder()) is None:
+        return []
+    path, sampler = "model", run.sampler
+    try:
+        skeleton = run.model.skeleton(folder, reference=run.method.needs_reference)
+        path = "sampler"
+        grid = skeleton.schedule(sampler.steps, sampler.spacing, sampler.final_alpha)
+        path = "method"
+        run.method.check_grid(grid, sampler.eta)
+    except (ValueError, OSError) as error:
+        return [_line(path, error)]
+    return []
+
+
+def _line(path: str, error: Exception) -> str:
+    """An error with its field in front, and, where something is missing, with the rule by which it was looked for."""
+    line = str(error) if str(error).startswith(path.partition(".")[0]) else f"{path}: {error}"
+    return f"{line}; {WHERE_PATHS_ARE}" if isinstance(error, FileNotFoundError) else line
 
 
 def metrics_fault(run: Run) -> str | None:

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from raydiff import config
-from raydiff.config import Config, ConfigError, Run, override, with_none
+from raydiff.config import Config, ConfigError, Run, override, seen_from_here, with_none
 
 _MOST = 256  # combinations of an axis's values that are validated; beyond, each axis by itself
 _OWN = ("name", "storage", "tracking")  # fields that the sweep sets
@@ -112,6 +112,8 @@ class Sweep(Config):
     content: Run | None = None
     """What the recipe held, with `set`, when the sweep was made. The file is not read again: this goes with the sweep to its
     trials and to sweep.json. A sweep file has no such key."""
+    folder: str | None = None
+    """That of the sweep file, where relative paths in `set` and `space` are looked for first. A sweep file has no such key."""
     space: dict[str, Axis] = Field(min_length=1)
     """The fields to vary, by dotted path."""
     search: Literal["random", "grid", "optuna"] = "random"
@@ -128,7 +130,7 @@ class Sweep(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _reads_the_recipe(cls, data: Any) -> Any:
+    def _reads_the_recipe(cls, data: Any, info: ValidationInfo) -> Any:
         if not isinstance(data, Mapping) or "content" in data or not isinstance(data.get("recipe"), str):
             return data
         values = data.get("set", {})
@@ -139,8 +141,9 @@ class Sweep(Config):
                 raise ValueError(
                     f'{path} is a table and would replace the whole of the recipe\'s: quote the path, "{path}.FIELD" = ...'
                 )
-        run = config.load(data["recipe"])
-        return {**data, "content": override(run, values) if values else run}
+        folder = (info.context or {}).get("folder")
+        data = {**data, "recipe": seen_from_here(data["recipe"], folder), "folder": folder and str(folder)}
+        return {**data, "content": override(config.load(data["recipe"]), values, folder=folder)}
 
     @model_validator(mode="after")
     def _can_work(self) -> Self:
@@ -185,14 +188,14 @@ class Sweep(Config):
 
     def run(self, values: Mapping[str, Any]) -> Run:
         """A trial's run. Raises ConfigError."""
-        return override(self.base(), values)
+        return override(self.base(), values, folder=Path(self.folder) if self.folder else None)
 
     def examples(self) -> list[Run]:
         """Runs from all over the space, every listed value among them. Raises ConfigError with each value that cannot work."""
-        base, found, faults = self.base(), [], dict[str, None]()
+        found, faults = [], dict[str, None]()
         for values in self._probes():
             try:
-                run = override(base, values)
+                run = self.run(values)
                 _check_beta(run, self.space)
                 found.append(run)
             except ConfigError as error:
@@ -220,18 +223,22 @@ class Sweep(Config):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
-    """A sweep from a TOML file; `path=value` overrides are of the recipe. Raises ConfigError."""
+    """A sweep from a TOML file; `path=value` overrides are of the recipe. Relative paths are looked for as in a recipe. Raises
+    ConfigError."""
     try:
         tree = with_none(tomllib.loads(Path(path).read_text()))
     except FileNotFoundError:
         raise ConfigError(f"sweep {str(path)!r} does not exist") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    if "content" in tree:
-        raise ConfigError(f"{path}: unknown key 'content'; a sweep file names its recipe")
-    if given := config.parsed(overrides):
+    for key in ("content", "folder"):
+        if key in tree:
+            raise ConfigError(f"{path}: unknown key {key!r}; a sweep file names its recipe")
+    given = config.parsed(overrides)
+    if given:
         tree["set"] = {**tree.get("set", {}), **given}
-    return config.validated(tree, Sweep)
+    sweep = config.validated(tree, Sweep, folder=Path(path).parent.resolve())
+    return sweep.model_copy(update={"content": override(sweep.base(), given)})  # again, as their paths are not the file's
 
 
 def _check_beta(run: Run, space: Mapping[str, Axis]) -> None:

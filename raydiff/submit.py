@@ -34,17 +34,18 @@ def submit(
     working_dir: Path | None = Path(),
     grows: bool = False,
     follow: bool = True,
+    own_code: bool = True,
 ) -> int:
     """Check a run against a cluster, submit it there, follow its log, and return an exit code: 0, its own, or 130 if stopped.
 
     `address` is the job server's, None for the one that RAY_API_SERVER_ADDRESS names. `working_dir` is uploaded, None runs what
-    the nodes have. On a cluster that `grows`, what has no room yet is submitted too. Raises ConfigError for a run that cannot
-    work there, a folder that is too large, a refused token and a cluster of another version of Ray; ConnectionError when the
-    job server does not answer.
+    the nodes have. On a cluster that `grows`, what has no room yet is submitted too. Without `own_code` a recipe that names
+    code is refused, here and there. Raises ConfigError for a run that cannot work there, a folder that is too large, a refused
+    token and a cluster of another version of Ray; ConnectionError when the job server does not answer.
     """
     from raydiff.preflight import faults
 
-    run = load(recipe, overrides)
+    run = load(recipe, overrides, own_code=own_code)
     if found := faults(run):
         raise ConfigError("\n".join(found))
     inside = recipe if working_dir is None else _inside(recipe, working_dir)
@@ -56,7 +57,7 @@ def submit(
         check_size(working_dir)
         environment |= {"working_dir": str(working_dir), "excludes": list(EXCLUDES)}
     job = server.submit_job(
-        entrypoint=command(inside, overrides, resume), runtime_env=environment, metadata={"raydiff": run.name}
+        entrypoint=command(inside, overrides, resume, own_code), runtime_env=environment, metadata={"raydiff": run.name}
     )
     print(job, flush=True)
     if not follow:
@@ -68,10 +69,10 @@ def submit(
         return 130
 
 
-def command(recipe: Path, overrides: Sequence[str], resume: str | None) -> str:
+def command(recipe: Path, overrides: Sequence[str], resume: str | None, own_code: bool = True) -> str:
     """What the job runs, in a shell."""
     words = ["python", "-m", "raydiff.cli", "train", recipe.as_posix(), *overrides]
-    return shlex.join([*words, *(["--resume", resume] if resume else [])])
+    return shlex.join([*words, *(["--resume", resume] if resume else []), *([] if own_code else ["--no-own-code"])])
 
 
 def client(address: str | None) -> JobSubmissionClient:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from raydiff import cli
+from raydiff.bench.settings import FILE
 from raydiff.config import Run
 from tests.tiny import make_adapter, make_pipeline
 
@@ -151,6 +152,20 @@ def test_ctrl_c_is_130(call: Call, recipe: Path, monkeypatch: pytest.MonkeyPatch
     assert call("train", recipe, "--local")[0] == 130
 
 
+def test_two_runs_of_one_second_have_folders_of_their_own(
+    call: Call, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("raydiff.local.fit", stopped)
+    monkeypatch.setattr("time.strftime", lambda form, *_: "20300101-000000")
+    for _ in range(2):
+        assert call("train", recipe, "--local")[0] == 130
+    folders = sorted((tmp_path / "runs").iterdir())
+    assert len(folders) == 2 and all(f.name.startswith("tiny-20300101-000000-") for f in folders)
+
+
 def test_unknown_commands_and_options_are_2(call: Call) -> None:
     assert call("trian")[0] == 2
     assert call("train")[0] == 2
@@ -235,13 +250,67 @@ def test_bench_names_a_fault_of_its_settings(call: Call, tmp_path: Path) -> None
 RECIPE = str(Path(__file__).parents[1] / "jobs/recipes/emoji_draft_lv.toml")
 
 
-@pytest.mark.parametrize("command", ["train", "plan", "submit", "evaluate"])
-def test_a_recipe_with_code_of_its_own_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    given = [RECIPE, "rewards.mine.kind=nowhere.judge", "--no-own-code"]
-    with pytest.raises(SystemExit) as end:
-        cli.main([command, *given, *(["--adapter", "x"] if command == "evaluate" else [])])
-    assert end.value.code == 2
-    assert "rewards.mine: kind = 'nowhere.judge' is a module, which is code" in capsys.readouterr().err
+READS_A_RECIPE = {
+    "train": [],
+    "plan": [],
+    "submit": [],
+    "evaluate": ["--adapter", "x"],
+    "pairs from-rewards": [],
+    "pairs to-label": [],
+    "pairs encode": [],
+}
+
+
+def own_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward that raises when it is imported."""
+    (folder / "someones").mkdir()
+    (folder / "someones/judge.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(folder)
+
+
+@pytest.mark.parametrize(("field", "value"), [("kind", "someones.judge"), ("runtime_env", "{pip = ['x']}")])
+@pytest.mark.parametrize("command", READS_A_RECIPE)
+def test_a_recipe_with_code_of_its_own_is_refused(
+    command: str, field: str, value: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_code(tmp_path, monkeypatch)
+    given = ["rewards.mine.kind=colour", "rewards.where=pool", f"rewards.mine.{field}={value}"]
+    code, _, said = call(*command.split(), RECIPE, *given, "--no-own-code", *READS_A_RECIPE[command])
+    assert (code, "--no-own-code refuses it" in said) == (2, True)
+    assert "someones" not in sys.modules
+
+
+def test_every_other_reader_of_a_recipe_refuses_its_code_too(
+    call: Call, tmp_path: Path, tiny_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run file of generate and score, a reward by option, a sweep's axis, a comparison's task, and a run's own record."""
+    own_code(tmp_path, monkeypatch)
+    run = json.loads(tiny_run().model_dump_json())
+    good, bad = tmp_path / "good.json", tmp_path / "bad" / "run.json"
+    bad.parent.mkdir()
+    good.write_text(json.dumps(run))
+    run["rewards"]["blue"]["kind"] = "someones.judge"
+    bad.write_text(json.dumps(run))
+    sweep = tmp_path / "sweep.toml"
+    sweep.write_text(
+        f'''recipe = "{good}"\nsearch = "grid"\n[space]\n"rewards.blue.kind" = {{choice = ["someones.judge"]}}\n'''
+    )
+    settings = tmp_path / "settings.toml"
+    settings.write_text(FILE.read_text().replace('kind = "colour"', 'kind = "someones.judge"'))
+    for words in (
+        ["generate", "a cat", "--recipe", bad, "--to", tmp_path / "x"],
+        ["score", "nowhere.parquet", "--recipe", bad],
+        ["score", "nowhere.parquet", "--reward", "mine=someones.judge"],
+        ["score", "nowhere.parquet", "--reward", "mine=colour", "rewards.mine.runtime_env={pip=['x']}"],
+        ["sweep", sweep],
+        ["bench", "--settings", settings, "--to", tmp_path / "y"],
+        ["log", bad.parent],
+    ):
+        code, _, said = call(*words, "--no-own-code")
+        assert (code, "someones" in sys.modules) == (2, False), words
+        assert "--no-own-code refuses it" in said, said
+    code, _, said = call("generate", "a cat", "--recipe", bad, "--to", tmp_path / "x")
+    assert (code, "SystemExit: imported" in said) == (2, True)  # the refusal ends with its command
 
 
 def test_a_name_that_no_metric_can_have_is_refused_before_an_override_splits_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -303,3 +303,83 @@ def _toml(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {_toml(inner)}" for key, inner in value.items()) + "}"
     return json.dumps(value)
+
+
+def test_a_path_in_a_recipe_is_looked_for_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From any folder; one on the command line, and one that is not beside the recipe, stays one of the current folder."""
+    for name in ("cats.txt", "pigs.txt", "pairs.parquet", "head.safetensors", "mine/model/unet", "clip", "embedded", "lora"):
+        (tmp_path / "jobs" / name).mkdir(parents=True)
+    recipe = tmp_path / "jobs" / "mine.toml"
+    recipe.write_text(
+        BASE.replace('"stable_diffusion"', '"stable_diffusion"\npath = "mine/model"\nadapters = ["lora", "runs/lora"]')
+        + '[rewards.look]\nkind = "aesthetic"\nhead = "head.safetensors"\nmodel = "embedded"\n'
+        + '[rewards.near]\nkind = "clip"\nmodel = "clip"\nprocessor = "openai/clip"\n'
+        + '[evaluate.rewards.what]\nkind = "classifier"\nmodel = "clip"\n[evaluate]\nclip = "clip"\n'
+        + '[prompts]\ntrain = "cats.txt"\nheld_out = ["pigs.txt"]\n[pairs]\npath = "pairs.parquet"\n'
+    )
+    expected = {
+        "model.path": "mine/model",
+        "model.adapters": ["lora", "runs/lora"],
+        "rewards.look.head": "head.safetensors",
+        "rewards.look.model": "embedded",
+        "rewards.near.model": "clip",
+        "rewards.near.processor": "openai/clip",
+        "evaluate.rewards.what.model": "clip",
+        "evaluate.clip": "clip",
+        "prompts.train": "cats.txt",
+        "prompts.held_out": ["pigs.txt"],
+        "pairs.path": "pairs.parquet",
+    }
+    away = {"embedded", "openai/clip", "runs/lora", "pigs.txt"}  # words, hub ids, paths from the current folder, prompts
+
+    def seen(prefix: str) -> dict[str, Any]:
+        def one(path: str) -> str:
+            return path if path in away else f"{prefix}{path}"
+
+        return {field: [*map(one, value)] if isinstance(value, list) else one(value) for field, value in expected.items()}
+
+    (tmp_path / "elsewhere").mkdir()
+    for folder, given, prefix in (
+        (tmp_path / "jobs", "mine.toml", ""),
+        (tmp_path, "jobs/mine.toml", "jobs/"),
+        (tmp_path, str(recipe), "jobs/"),
+        (tmp_path / "elsewhere", "../jobs/mine.toml", f"{tmp_path}/jobs/"),
+    ):
+        monkeypatch.chdir(folder)
+        run = load(given)
+        assert {field: flat(run)[field] for field in expected} == seen(prefix)
+        assert Run.model_validate_json(run.model_dump_json()) == run  # as workers and a resumed run read it
+        assert override(run, {"seed": 3}).prompts == run.prompts
+        mine = load(given, ["prompts.train=pigs.txt", 'model.adapters=["lora"]', "rewards.near={kind='clip', model='clip'}"])
+        assert mine.prompts.train == "pigs.txt" and mine.model.adapters == ("lora",)
+        assert mine.rewards.named["near"].model == "clip" and mine.model.path == run.model.path
+
+
+def test_a_field_of_your_own_finds_what_is_beside_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "beside_reward.py").write_text(
+        "from raydiff.config import InputPath\nfrom raydiff.rewards.base import RewardConfig\n\n"
+        "class Plugin(RewardConfig):\n    weights: InputPath = 'embedded'\n"
+    )
+    (tmp_path / "w.bin").touch()
+    (tmp_path / "mine.toml").write_text(BASE + '[rewards.own]\nkind = "own.beside_reward"\nweights = "w.bin"\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load(tmp_path / "mine.toml").rewards.named["own"].weights == str(tmp_path / "w.bin")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_finds_its_prompts_from_another_folder(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raydiff.data.prompts import read_both
+
+    monkeypatch.chdir(tmp_path)
+    assert all(read_both(load(path).prompts))
+
+
+def test_what_is_in_neither_place_is_told_with_the_rule(recipe: Path) -> None:
+    from raydiff.preflight import faults
+
+    recipe.write_text(BASE + '[prompts]\ntrain = "nowhere.txt"\n')
+    (fault,) = faults(load(recipe))
+    assert "prompts.train = 'nowhere.txt' is not a file" in fault and "beside that file, then in the current folder" in fault

@@ -137,3 +137,38 @@ def test_a_dumped_run_reads_back(tiny_run: Callable[..., Run], tmp_path: Path) -
     run = tiny_run("draft_k", changes)
     (tmp_path / "run.toml").write_text(dump(run))
     assert load(tmp_path / "run.toml") == run
+
+
+def test_paths_of_a_sweep_file_are_looked_for_beside_it(
+    tiny_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recipe, `set` and values to vary; those on the command line are relative to the current folder."""
+    for name in ("recipes", "sweeps", "elsewhere"):
+        (tmp_path / name).mkdir()
+    for name in ("recipes/a.txt", "sweeps/a.txt", "sweeps/b.txt", "elsewhere/c.txt"):
+        (tmp_path / name).write_text("a fish\n")
+    recipe = tiny_run("draft_k", {"prompts.train": "a.txt", "prompts.held_out": ("a pig",)})
+    (tmp_path / "recipes/mine.json").write_text(recipe.model_dump_json())
+    file = tmp_path / "sweeps/mine.toml"
+    text = 'recipe = "../recipes/mine.json"\nsearch = "grid"\n[space]\n"optimizer.lr" = {choice = [1e-3]}\n'
+    file.write_text(text)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    def trained_on(sweep: Sweep) -> list[str]:
+        again = Sweep.model_validate_json(sweep.model_dump_json())  # as trials read it
+        assert again.examples() == sweep.examples()
+        return [run.prompts.train for run in sweep.examples()]
+
+    assert trained_on(search.load(file)) == [f"{tmp_path}/recipes/a.txt"]
+    assert trained_on(search.load(file, ["prompts.train=a.txt"])) == ["a.txt"]
+    assert search.load(file, ["optimizer.ema=none", "seed=4"]).base().seed == 4
+    file.write_text(text + '"prompts.train" = {choice = ["a.txt", "c.txt"]}\n')
+    assert trained_on(search.load(file)) == [f"{tmp_path}/sweeps/a.txt", "c.txt"]
+    file.write_text(text + '[set]\n"prompts.train" = "b.txt"\n"optimizer.ema" = "none"\n')
+    assert trained_on(search.load(file)) == [f"{tmp_path}/sweeps/b.txt"]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "jobs" / "sweeps").glob("*.toml")), ids=lambda f: f.stem)
+def test_every_sweep_finds_its_recipe_from_another_folder(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Path(search.load(file).base().prompts.train).is_file()

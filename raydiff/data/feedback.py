@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from raydiff.config import Run
+from raydiff.contents import Contents, digests, of_locations, of_parts
 from raydiff.core.policy import checked
 from raydiff.core.preferences import Pairs, Rule, Which, preferred_pairs
 from raydiff.data import images, pictures, pieces, preferences
@@ -29,6 +30,7 @@ from raydiff.pictures import to_bytes, to_pil
 
 REWARD = "reward_"  # before a reward's name in a column of scored pictures
 _TIE = "tie"
+_DRAW = ("model", "method", "prompts.train")  # fields, or tables of them, whose files decide which pictures a run draws
 
 
 @dataclass(frozen=True)
@@ -232,11 +234,13 @@ def from_rewards(
     if not run.rewards.named:
         raise ValueError("rewards: there is none to label by; a reward is a table, [rewards.NAME] with kind")
     labelling.check(["total"] if labelling.rule == "total" else [*run.rewards.named, "total"])
-    for path, part in {"model": run.model, **{f"rewards.{k}": r for k, r in run.rewards.named.items()}}.items():
+    parts = {"model": run.model, **{f"rewards.{k}": r for k, r in run.rewards.named.items()}}
+    for path, part in parts.items():
         _checked(path, part)
     drawing.check(adapters)
     prompts, _ = read_both(run.prompts)
-    artist = _Artist(run, labelling, tuple(adapters), range(seed, seed + n), prompts, device)
+    held = Contents(drawing.files(run.model, adapters) | of_locations(of_parts(parts)))
+    artist = _Artist(run, labelling, tuple(adapters), range(seed, seed + n), prompts, device, held)
     made_from = {
         "model": run.model.model_dump(mode="json"),
         "model's files": drawing.model_digest(run.model),
@@ -247,6 +251,7 @@ def from_rewards(
         "prompts": list(prompts),
         "seeds": [seed, seed + n],
         "prompts_per_file": prompts_per_file,
+        pieces.CONTENTS: {name: digest for name, digest in held.digests.items() if not name.startswith("adapters.")},
     }
     ranges = pieces.split(0, len(prompts), prompts_per_file)
     return pieces.write(to, preferences.schema(), made_from, ranges, artist.parts, max_bad_rows)
@@ -262,7 +267,9 @@ def to_label(run: Run, to: str | Path, *, device: torch.device | str = "cpu") ->
 
     if not run.method.judged:
         raise ValueError('method.source is not "labels": nothing would read them; D3PO takes it')
+    held = Contents(digests(run, _DRAW))
     session = Session(run, device)
+    held.check(run, _DRAW, {"prompts.train": session.train_prompts})
     micro, attempts, steps = run.batch.micro, run.method.attempts, session.policy.schedule.steps
 
     @torch.no_grad()
@@ -281,7 +288,8 @@ def to_label(run: Run, to: str | Path, *, device: torch.device | str = "cpu") ->
         yield Part(preferences.table(columns, len(rows)))
 
     fields = ("model", "method", "prompts", "sampler", "batch", "seed")
-    made_from = run.model_dump(mode="json", include=set(fields)) | {"model's files": model_digest(run.model)}
+    made_from = run.model_dump(mode="json", include=set(fields))
+    made_from |= {"model's files": model_digest(run.model), pieces.CONTENTS: held.digests}
     return pieces.write(to, preferences.schema(), made_from, pieces.split(0, run.batch.size, micro), make, 0)
 
 
@@ -295,28 +303,28 @@ class _Artist:
     seeds: range
     prompts: tuple[str, ...]
     device: torch.device | str
+    held: Contents
 
     @cached_property
     def model(self) -> Any:
         from raydiff import generate as drawing
 
-        return drawing.load(self.run.model, self.adapters, self.device)
+        model = drawing.load(self.run.model, self.adapters, self.device)
+        self.held.compare(drawing.files(self.run.model, self.adapters))
+        return model
 
     @cached_property
     def score(self) -> Any:
         from raydiff.session import Scores
 
-        return Scores.here(self.run, self.device).training
+        score = Scores.here(self.run, self.device).training
+        self.held.check(self.run, ("rewards",))
+        return score
 
     @cached_property
     def origin(self) -> list[dict[str, Any]]:
         """The adapters, as the schema has them."""
-        from raydiff.models import lora
-
-        return [
-            {"folder": a.folder, "weight": a.weight, "sha256": None if a.whole else lora.digest(a.folder)}
-            for a in self.adapters
-        ]
+        return [{"folder": a.folder, "weight": a.weight, "sha256": a.digest()} for a in self.adapters]
 
     def parts(self, start: int, stop: int) -> Iterator[Part]:
         """Pairs of some prompts, a batch of pictures at a time."""

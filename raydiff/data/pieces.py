@@ -20,6 +20,7 @@ from typing import Any
 from raydiff import __version__, drafts
 from raydiff.drafts import replacing
 
+CONTENTS = "contents"  # of `made_from`: digests of the files behind fields
 _HIDDEN, _LEFT_OUT = "_raydiff", b"raydiff.left_out"
 
 
@@ -135,11 +136,30 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def differing(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for each field in which what a dataset was made from differs from what it would be made from now.
+
+    The digest of a file that only one of them knows, as of a hub id that is not cached here, says nothing.
+    """
+    old, new = _flat(there), _flat(json.loads(json.dumps(now)))
+    unknown = {key for key in old.keys() ^ new.keys() if key.startswith(f"{CONTENTS}.")}
+    return [
+        f"{key} = {old.get(key)!r} there, {new.get(key)!r} now"
+        for key in old | new
+        if old.get(key) != new.get(key) and key not in unknown
+    ]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
+
+
 def _check_own(folder: Path, made_from: Mapping[str, Any]) -> None:
     about = folder / _HIDDEN / "dataset.json"
     if about.is_file():
-        old, new = json.loads(about.read_text())["made_from"], json.loads(json.dumps(made_from))
-        if differ := [f"{k} = {old.get(k)!r} there, {new.get(k)!r} now" for k in new if old.get(k) != new[k]]:
+        if differ := differing(json.loads(about.read_text())["made_from"], made_from):
             raise PairsError(f"--to {folder}: made from other settings: {'; '.join(differ)}. Give another folder, or these")
     elif folder.is_file():
         raise PairsError(f"--to {folder}: is a file; a dataset of pairs is a folder, give another name")

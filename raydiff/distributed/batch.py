@@ -27,15 +27,16 @@ from typing import Any
 
 from raydiff import __version__, placement
 from raydiff.config import ConfigError, Pool
+from raydiff.data import pieces
 from raydiff.distributed import cluster, lease
 from raydiff.distributed.lease import Lease
 from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.storage import Folder
 from raydiff.plan.clusters import cluster_nodes
 
-HIDDEN = "_raydiff"
+HIDDEN = lease.DATASET
+CONTENTS = pieces.CONTENTS
 ABOUT, BAD_ROWS, LEASE = f"{HIDDEN}/dataset.json", f"{HIDDEN}/bad_rows.jsonl", f"{HIDDEN}/{lease.FILE}"
-CONTENTS = "contents"  # of `made_from`: digests of the files behind fields
 _RETRIES = 2  # of a ticket whose worker raised or died
 _EVERY = 10.0  # seconds between lines where there is no terminal
 
@@ -203,14 +204,7 @@ def check_same(output: Output, made_from: Mapping[str, Any]) -> None:
     """Raise ConfigError, saying what differs, when the dataset was begun with other settings, or files of another content."""
     if not check_own(output):
         return
-    old, new = _flat(output.folder.read_json(ABOUT)["made_from"]), _flat(json.loads(json.dumps(made_from)))
-    unknown = {key for key in old.keys() ^ new.keys() if key.startswith(f"{CONTENTS}.")}  # as a hub id that is not cached here
-    differ = [
-        f"{key} = {old.get(key)!r} there, {new.get(key)!r} now"
-        for key in sorted((old | new).keys() - unknown)
-        if old.get(key) != new.get(key)
-    ]
-    if differ:
+    if differ := pieces.differing(output.folder.read_json(ABOUT)["made_from"], made_from):
         raise ConfigError(
             f"--to {output.uri}: made from other settings: {'; '.join(differ)}. Give another folder, or these settings"
         )
@@ -389,9 +383,3 @@ def _rows(tickets: Iterable[Mapping[str, Any]]) -> int:
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}

@@ -70,6 +70,7 @@ def generate(
     """
     drawing.check(adapters)
     model.preflight()
+    model.grid(sampler.steps, sampler.spacing, sampler.final_alpha)  # refuses what it cannot be
     png = not to.rstrip("/").endswith(".parquet")
     output = Output(Folder(to).uri, HIDDEN if png else "", ".jsonl" if png else ".parquet")
     held = Contents.with_seen(drawing.files(model, adapters))  # before what rows say of them

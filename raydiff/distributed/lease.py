@@ -18,12 +18,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
+from raydiff import drafts
 from raydiff.config import ConfigError
-from raydiff.distributed.storage import Folder
+
+if TYPE_CHECKING:
+    from raydiff.distributed.storage import Folder
 
 FILE = "lease.json"
+DATASET = "_raydiff"  # where a dataset says what it is, and pictures say who draws them
 BEAT, EXPIRY = 10.0, 60.0  # seconds
 _SETTLE = 3.0  # seconds after which a claim is read back where nothing can be locked
 _LOCK = 5.0  # seconds that a lock is waited for: its holder may have been stopped
@@ -32,7 +36,7 @@ _LOCK = 5.0  # seconds that a lock is waited for: its holder may have been stopp
 class Lease:
     """A folder's lease, held between `take` and the end of the `with` block."""
 
-    def __init__(self, folder: Folder, path: str = FILE, *, beat: float = BEAT, expiry: float = EXPIRY) -> None:
+    def __init__(self, folder: Folder | Disk, path: str = FILE, *, beat: float = BEAT, expiry: float = EXPIRY) -> None:
         self.folder, self.path, self.beat, self.expiry = copy(folder), path, beat, expiry
         self.folder.patience = 0.0  # a beat that fails is followed by another
         self.token = secrets.token_hex(16)
@@ -115,7 +119,40 @@ class Lease:
         )
 
 
-def holds(folder: Folder, token: str, path: str = FILE) -> bool:
+class Disk:
+    """A folder of this machine as a lease needs it, for those who have no pyarrow."""
+
+    def __init__(self, local: Path) -> None:
+        self.local, self.patience = local, 0.0
+
+    def __str__(self) -> str:
+        return str(self.local)
+
+    def read(self, path: str) -> bytes:
+        return (self.local / path).read_bytes()
+
+    def write_json(self, path: str, value: Any) -> None:
+        with drafts.replacing(self.local / path) as draft:
+            draft.write_text(json.dumps(value, indent=1))
+
+    def remove(self, path: str) -> None:
+        (self.local / path).unlink(missing_ok=True)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Inside, this process alone writes to a folder that is no dataset of a batch tool: against each of these too.
+
+    Raises ConfigError, naming who holds it, and for a dataset.
+    """
+    if (folder / DATASET / "dataset.json").exists():
+        raise ConfigError(f"--to {folder}: holds a dataset that was made on Ray; give another folder")
+    with Lease(Disk(folder), f"{DATASET}/{FILE}") as mine:
+        mine.take()
+        yield
+
+
+def holds(folder: Folder | Disk, token: str, path: str = FILE) -> bool:
     """Whether the lease of a folder is still this token's."""
     found = _read(folder, path)
     return found is not None and found.get("token") == token
@@ -156,7 +193,7 @@ def _flock(file: IO[str]) -> bool:
     return False
 
 
-def _read(folder: Folder, path: str) -> dict[str, Any] | None:
+def _read(folder: Folder | Disk, path: str) -> dict[str, Any] | None:
     """None when there is no lease; a broken one is somebody's."""
     try:
         found = json.loads(folder.read(path))

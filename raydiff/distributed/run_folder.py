@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from raydiff import __version__, contents
-from raydiff.config import ConfigError, Run
+from raydiff.config import ConfigError, Run, fresh_name
 from raydiff.contents import Contents
 from raydiff.distributed import checkpoint, learn
 from raydiff.distributed.storage import PATIENCE, Folder
@@ -62,8 +60,7 @@ def begin(run: Run, folder: Folder, held: Contents) -> None:
 
 
 def fresh(run: Run) -> Folder:
-    name = f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    return Folder(run.storage, PATIENCE) / name
+    return Folder(run.storage, PATIENCE) / fresh_name(run.name)
 
 
 def resumed(run: Run, resume: str | Path) -> Folder:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import secrets
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 import rich
 
 from raydiff import contents, placement
-from raydiff.config import ConfigError, Run, dump, override
+from raydiff.config import ConfigError, Run, dump, fresh_name, override
 from raydiff.contents import Contents
 from raydiff.distributed import checkpoint, cluster, launch, run_folder, sweep_report, tracking
 from raydiff.distributed.lease import Lease
@@ -32,7 +30,7 @@ from raydiff.search import Sweep
 SWEEP, TUNE = "sweep.json", "tune"
 _OBJECTIVE, _QUERIES = "objective", "reward_queries"
 _SETTLE = 30.0  # seconds that an evaluation waits for MLflow at most
-_BY_CONTENT = ("recipe", "set", "content")  # fields of a sweep that are compared as the one recipe that they make
+_BY_CONTENT = ("recipe", "set", "content", "folder")  # fields of a sweep that are compared as the one recipe that they make
 _COMPARED = ("train.updates", "train.stop_when", "generation", "evaluate")  # trials are, so it stays what it is
 MAY_CHANGE = ("name", *(path for path in checkpoint.MAY_CHANGE if not path.startswith(_COMPARED)))
 """Fields of the recipe, or tables of them, that a resumed sweep may set anew: where and how its trials run."""
@@ -115,7 +113,7 @@ def _preflight(config: Sweep, base: Run, examples: Sequence[Run]) -> None:
 
 
 def _fresh(config: Sweep, base: Run) -> Folder:
-    folder = Folder(base.storage) / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    folder = Folder(base.storage) / fresh_name(config.name)
     folder.write(SWEEP, config.model_dump_json(indent=1).encode())
     return folder
 
@@ -153,7 +151,7 @@ def _held(examples: Sequence[Run], folder: Folder, *, resumed: bool) -> Contents
 
 
 def _parent(config: Sweep, base: Run, folder: Folder, uri: str) -> tracking.Tracker:
-    fields = config.model_dump(mode="json", exclude_unset=True, exclude={"name", "content"})
+    fields = config.model_dump(mode="json", exclude_unset=True, exclude={"name", "content", "folder"})
     return tracking.open_run(uri, tracking.prepare(base), folder.name, fields, {tracking.FOLDER_TAG: folder.uri})
 
 

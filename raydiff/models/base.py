@@ -13,8 +13,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from raydiff.config import Config, PluginConfig
+from raydiff.config import Config, InputPath, PluginConfig
 from raydiff.core.policy import LatentModel
+from raydiff.core.schedule import Schedule
 
 
 class Lora(Config):
@@ -65,7 +66,7 @@ class ModelConfig(PluginConfig):
     lora: Lora = Lora()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the frozen weights; an adapter is always fp32."""
-    adapters: tuple[str, ...] = ()
+    adapters: tuple[InputPath, ...] = ()
     """Folders of exported adapters that are merged into the base: what is trained, and its reference, starts from there. A new
     round on a run's result names its adapter here. The weights in between are rounded to `dtype`. The new adapter is for that
     sum: where it is used, all of them are."""
@@ -95,6 +96,13 @@ class ModelConfig(PluginConfig):
 
     def config_folder(self) -> Path | None:
         """The folder of its config files, which may lie in a hub's cache; None: not on this machine."""
+        return None
+
+    def grid(self, steps: int, spacing: str | None, final_alpha: float | None) -> Schedule | None:
+        """The sampling grid, from its config files alone; None: not on this machine.
+
+        Raises ValueError for one that its scheduler cannot follow.
+        """
         return None
 
     def skeleton(self, folder: Path, *, reference: bool = False, checkpointing: bool = True) -> Skeleton:

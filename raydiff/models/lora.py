@@ -24,7 +24,7 @@ ADAPTER = "default"  # the name of the adapter that is trained
 def add(denoiser: Any, lora: Lora, seed: int) -> dict[str, nn.Parameter]:
     """Freeze `denoiser`, add an fp32 adapter to it and return the adapter's parameters by name.
 
-    Raises ValueError when no module has one of the target names.
+    Raises ValueError when no module has one of the target names, or one that has cannot take an adapter.
     """
     from peft import LoraConfig
 
@@ -37,7 +37,10 @@ def add(denoiser: Any, lora: Lora, seed: int) -> dict[str, nn.Parameter]:
             raise ValueError(f"model.lora.targets: the denoiser has no module named {target!r}; attention has to_q, to_k, to_v")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # every worker starts from the same adapter
-        denoiser.add_adapter(config, adapter_name=ADAPTER)
+        try:
+            denoiser.add_adapter(config, adapter_name=ADAPTER)
+        except ValueError as error:
+            raise ValueError(f"model.lora.targets = {list(lora.targets)}: {error}") from None
     parameters = {name: p for name, p in denoiser.named_parameters() if "lora_" in name}
     for p in parameters.values():
         p.data = p.data.float()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from raydiff import assets
+from raydiff.config import InputPath
 from raydiff.core.denoise import Predict, guided
 from raydiff.core.schedule import Schedule
 from raydiff.models import checkpoint, formats, hub, lora
@@ -26,7 +27,7 @@ from raydiff.models.base import ModelConfig
 
 class Plugin(ModelConfig):
     kind: Literal["stable_diffusion"] = "stable_diffusion"
-    path: str = "embedded"
+    path: InputPath = "embedded"
     """Hub id, local folder in diffusers' StableDiffusionPipeline format, or "embedded": the model in the package."""
     revision: str | None = None
     """Of a hub id."""
@@ -59,6 +60,11 @@ class Plugin(ModelConfig):
         except ValueError:  # not the form of a hub id: preflight has said so
             return None
         return Path(str(found[0])).parents[1] if all(isinstance(f, str) for f in found) else None
+
+    def grid(self, steps: int, spacing: Any = None, final_alpha: float | None = None) -> Schedule | None:
+        if (folder := self.config_folder()) is None:
+            return None
+        return Schedule.from_config(formats.scheduler_config(folder), steps, spacing=spacing, final_alpha=final_alpha)
 
     def tokenizers(self) -> list[Any]:
         from transformers import AutoTokenizer

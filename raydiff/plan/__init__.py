@@ -64,11 +64,8 @@ def plan(run: Run, machine: Machine) -> Plan:
             f"model: {getattr(run.model, 'path', run.model.kind)!r} is neither a folder nor in the Hugging Face cache here:"
             " parameters and memory are not known until it is downloaded"
         )
-    elif not any(fault.startswith("model") for fault in problems):
-        try:
-            model = measure(run, folder)
-        except ValueError as error:
-            problems.append(str(error))
+    elif not any(fault.startswith(("model", "sampler", "method")) for fault in problems):
+        model = measure(run, folder)
     if model is not None:
         problems += _too_big(run, machine, model.memory, gpu=claims[0].gpus > 0)
         notes.append(

@@ -63,11 +63,8 @@ class Model:
 
 
 def measure(run: Run, folder: Path) -> Model:
-    """Build the model without its weights. Raises ValueError for LoRA targets that it lacks, and for a grid that it or the
-    method cannot follow."""
+    """Build the model without its weights, of a run in which `preflight.faults` finds none."""
     skeleton = run.model.skeleton(folder, reference=run.method.needs_reference, checkpointing=run.train.gradient_checkpointing)
-    grid = skeleton.schedule(run.sampler.steps, run.sampler.spacing, run.sampler.final_alpha)  # refuses what it cannot be
-    run.method.check_grid(grid, run.sampler.eta)
     trained = skeleton.trained()
     names = {id(p) for p in trained.values()}
     count = sum(p.numel() for p in trained.values())

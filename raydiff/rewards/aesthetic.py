@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raydiff import assets
+from raydiff.config import InputPath
 from raydiff.core.reward_vjp import Reward
 from raydiff.rewards._pretrained import Dtype, check_safetensors, located
 from raydiff.rewards.base import RewardConfig
@@ -19,9 +20,9 @@ from raydiff.rewards.clip import ImageEmbedding, check_clip, load_clip
 class Plugin(RewardConfig):
     """head(image embedding of unit length), on the scale that the head was trained on."""
 
-    model: str = "embedded"
+    model: InputPath = "embedded"
     """CLIP model of the embedding, as in `clip`; LAION's head belongs to openai/clip-vit-large-patch14."""
-    head: str = "embedded"
+    head: InputPath = "embedded"
     """"embedded", or the head's file, .safetensors or .pth, e.g. sac+logos+ava1-l14-linearMSE.pth."""
     dtype: Dtype = "float32"
     """Precision of the CLIP weights; the head is fp32."""

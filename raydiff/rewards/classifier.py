@@ -9,11 +9,12 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from raydiff.config import beside
 from raydiff.core.reward_vjp import Reward
 from raydiff.rewards._images import Preprocess, at_least_fp32, preprocess_of
 from raydiff.rewards._pretrained import (
@@ -43,7 +44,7 @@ Names = dict[str, list[int]]
 class Plugin(RewardConfig):
     """log p(class | image), at most 0; log(1/L) is a guess."""
 
-    model: str = "embedded"
+    model: Annotated[str, beside(*EMBEDDED, EFFICIENTNET)] = "embedded"
     """"embedded" (what is shown), "embedded-style" (how it is drawn), "efficientnet-lite0" (ImageNet, from the extra
     `rewards`), or a transformers image classifier with safetensors weights: a folder or a hub id."""
     label: str | None = None

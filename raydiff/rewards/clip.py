@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from raydiff.config import InputPath
 from raydiff.core.reward_vjp import Reward
 from raydiff.rewards._images import Preprocess, at_least_fp32, preprocess_of
 from raydiff.rewards._pretrained import (
@@ -34,9 +35,9 @@ from raydiff.rewards.base import RewardConfig
 class Plugin(RewardConfig):
     """Cosine of image and prompt, in [-1,1]; × exp(logit_scale) it is the logit that the model was trained with."""
 
-    model: str = "embedded"
+    model: InputPath = "embedded"
     """"embedded", or a transformers CLIPModel with safetensors weights: a folder or a hub id."""
-    processor: str | None = None
+    processor: InputPath | None = None
     """Folder or hub id of the tokenizer and image processor where they are kept apart; None: with the model."""
     logit_scale: bool = False
     """Multiply by the learned temperature, about 100: PickScore's scale, near 20 for a good picture."""

@@ -21,6 +21,8 @@ from raydiff.data.verdicts import Verdicts
 from raydiff.models.lora import WEIGHTS
 from raydiff.preflight import faults
 from raydiff.session import Session
+from tests.test_contents import scaled
+from tests.tiny import make_adapter
 
 Make = Callable[..., Run]
 
@@ -107,3 +109,19 @@ def test_only_d3po_has_pictures_to_label(tiny_run: Make, tmp_path: Path) -> None
     with pytest.raises(ValueError, match='method.source is not "labels"'):
         feedback.to_label(tiny_run("ddpo", {"sampler.eta": 1.0, "sampler.final_alpha": None}), tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_pictures_to_label_are_not_gone_on_with_from_other_files(by_people: Run, tiny_pipeline: Path, tmp_path: Path) -> None:
+    """Prompts of the same file's name, and an adapter of the same folder's."""
+    adapter = make_adapter(tiny_pipeline, tmp_path / "adapter")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    run = override(by_people, {"prompts.train": str(prompts), "model.adapters": [str(adapter)]})
+    assert feedback.to_label(run, tmp_path / "drawn").made == 2
+    for file, field in ((prompts, r"contents\.prompts\.train"), (adapter / WEIGHTS, r"contents\.model\.adapters\.0")):
+        kept = file.read_bytes()
+        scaled(file) if file == adapter / WEIGHTS else file.write_text("a cat\nan owl\n")
+        with pytest.raises(PairsError, match=f"made from other settings: {field} = "):
+            feedback.to_label(run, tmp_path / "drawn")
+        file.write_bytes(kept)
+    assert feedback.to_label(run, tmp_path / "drawn").made == 0

@@ -1,7 +1,12 @@
 """Two calls and one new dataset: one makes it, the other is told, and nothing of the one becomes the other's."""
 
+import contextlib
+import io
 import json
 import multiprocessing
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +17,7 @@ import pytest
 from raydiff.config import ConfigError
 from raydiff.data import pieces
 from raydiff.data.pieces import PairsError, Part
-from raydiff.distributed import batch, generate_batch
+from raydiff.distributed import batch, generate_batch, lease
 from raydiff.distributed.batch import ABOUT, Output, claimed
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -47,7 +52,7 @@ def pairs(where: str, seed: int, at: float, told: Any) -> None:
         told.send(str(error))
 
 
-def at_once(target: Any, where: Path, seeds: list[int]) -> tuple[list[Any], list[Any]]:
+def at_once(target: Any, where: Path, seeds: list[Any]) -> tuple[list[Any], list[Any]]:
     """(what each of some processes answers, their connections)."""
     at, ends = time.monotonic() + 1.5, []
     for seed in seeds:
@@ -108,3 +113,64 @@ def test_of_two_calls_for_pairs_with_other_settings_one_is_refused(tmp_path: Pat
     import pyarrow.parquet as pq
 
     assert pq.read_table(file)["seed"].to_pylist() == [won] * 3
+
+
+def draw(where: str, model: str, at: float, told: Any) -> None:
+    """`raydiff generate` in this process, without Ray; what it says."""
+    from raydiff import cli, generate
+
+    def slowly(*arguments: Any, **options: Any) -> Any:
+        told.send("draws")
+        told.recv()
+        return write(*arguments, **options)
+
+    write, generate.write = generate.write, slowly
+    time.sleep(max(0.0, at - time.monotonic()))
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            cli.main(["generate", "a cat", "--to", where, "--model", model, "--steps", "2"])
+    except SystemExit as error:
+        told.send(said.getvalue() if error.code else "done")
+
+
+def test_of_two_that_draw_into_one_new_folder_one_is_refused(tiny_pipeline: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    answers, ends = at_once(draw, folder, [str(tiny_pipeline)] * 2)
+    won = answers.index("draws")
+    assert f"{folder}: process " in answers[1 - won] and "works on this folder" in answers[1 - won]
+    with pytest.raises(ConfigError, match="works on this folder"), claimed(Output(str(folder)), about(1)):
+        pytest.fail("a dataset on Ray beside it")
+    ends[won].send(None)
+    assert ends[won].recv() == "done"
+    assert sorted(path.name.partition("_")[0] for path in folder.iterdir() if path.is_file()) == [
+        "0000",
+        "grid.png",
+        "images.json",
+    ]
+
+
+def test_pictures_are_not_drawn_into_a_dataset(tmp_path: Path) -> None:
+    with claimed(Output(str(tmp_path)), about(1)):
+        pass
+    with pytest.raises(ConfigError, match="holds a dataset that was made on Ray"), lease.claimed(tmp_path):
+        pytest.fail("pictures among its files")
+
+
+def test_a_claim_needs_no_ray_and_no_pyarrow() -> None:
+    code = "import sys, raydiff.distributed.lease; print({'ray', 'pyarrow', 'torch'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "bench"])
+def test_who_writes_for_minutes_claims_its_folder(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from raydiff import cli
+
+    recipe = Path(__file__).parents[2] / "jobs/recipes/emoji_draft_lv.toml"
+    arguments = {"evaluate": [str(recipe), "--adapter", "x"], "bench": ["--quick"]}[command]
+    with lease.claimed(tmp_path):
+        file = tmp_path / lease.DATASET / lease.FILE
+        beats = json.dumps(json.loads(file.read_text()) | {"beat": 1})
+        threading.Timer(0.5, lambda: file.write_text(beats)).start()
+        with pytest.raises(SystemExit):
+            cli.main([command, *arguments, "--to", str(tmp_path)])
+    assert "works on this folder" in capsys.readouterr().err
