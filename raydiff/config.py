@@ -34,6 +34,8 @@ from pydantic import (
     model_validator,
 )
 
+from raydiff import credentials
+
 T = TypeVar("T", bound=BaseModel)
 
 QUOTED = r"%[0-9A-Fa-f]{2}"
@@ -45,9 +47,11 @@ class ConfigError(ValueError):
 
 
 class Config(BaseModel):
-    """Base of every config: frozen, and an unknown key is an error that names the nearest known one."""
+    """Base of every config: frozen, and an unknown key is an error that names the nearest known one; holds no secret."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -56,6 +60,14 @@ class Config(BaseModel):
             unknown = [f"unknown key {key!r}{_nearest(key, cls.model_fields)}" for key in data if key not in cls.model_fields]
             if unknown:
                 raise ValueError("; ".join(unknown))
+        return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secrets(cls, data: Any) -> Any:
+        """Before any other check: what those say may repeat the value."""
+        if secrets := [credentials.fault(field, what) for field, what in credentials.in_tree(data)]:
+            raise ValueError("\n".join(secrets))
         return data
 
 
@@ -559,6 +571,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, own_code: bool = Tr
     TOML has no null: there as in overrides, the word "none" is None. A recipe is code: a kind may be any module, which reading
     imports. Without `own_code` such a kind, or a runtime_env, is refused and nothing of it imported.
     """
+    _refuse_secrets(f"recipe={path}")
     path = Path(path)
     try:
         text = path.read_text()
@@ -642,6 +655,7 @@ def parsed(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _parse(item: str) -> tuple[str, Any]:
     """`path=value`, the value in TOML's syntax; a bare word is a string."""
+    _refuse_secrets(item)
     path, equals, text = item.partition("=")
     if not equals or not path:
         raise ConfigError(f"override {item!r} is not path=value, e.g. method.k=2")
@@ -649,6 +663,13 @@ def _parse(item: str) -> tuple[str, Any]:
         return path.strip(), with_none(tomllib.loads(f"v = {text}")["v"])
     except tomllib.TOMLDecodeError:
         return path.strip(), None if text == "none" else text
+
+
+def _refuse_secrets(argument: str) -> None:
+    try:
+        credentials.refuse_arguments([argument])
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def with_none(value: Any) -> Any:
