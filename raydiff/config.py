@@ -240,6 +240,16 @@ class TrainPool(Pool):
     min_replicas: int | None = Field(None, ge=1)
     """When nodes are lost, the fewest workers that go on without them, each with more micro-batches for the same batch. None:
     wait for new nodes."""
+    ports: tuple[int, int] = (29500, 29599)
+    """First and last of the ports at which a node takes the workers' first connection, one for each run there. They pass
+    messages at ports that the kernel picks. Both only on the node's address in the cluster: see docs/clusters.md."""
+
+    @field_validator("ports")
+    @classmethod
+    def _ascending(cls, ports: tuple[int, int]) -> tuple[int, int]:
+        if not 1024 <= ports[0] <= ports[1] <= 65535:
+            raise ValueError("the first and the last of some ports, between 1024 and 65535; e.g. [29500, 29599]")
+        return ports
 
     @model_validator(mode="after")
     def _fewer(self) -> Self:

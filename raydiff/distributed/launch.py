@@ -317,7 +317,9 @@ def _fit(
 ) -> Future[dict[str, Any]]:
     """Start the workers in a thread: in the main one Ray would answer Ctrl-C by killing them."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from raydiff.distributed.rendezvous import Rendezvous
 
     nodes = cluster_nodes()
     claim = placement.claims(run, nodes)[0]
@@ -335,7 +337,9 @@ def _fit(
             "store": store,
             "rewards": rewards,
         },
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=math.ceil(run.train.timeout)),
+        torch_config=Rendezvous(
+            backend="nccl" if use_gpu else "gloo", timeout_s=math.ceil(run.train.timeout), ports=run.pools.train.ports
+        ),
         scaling_config=ScalingConfig(
             num_workers=claim.replicas,
             use_gpu=use_gpu,
