@@ -11,7 +11,7 @@ import sys
 import time
 
 import raydiff
-from raydiff import placement
+from raydiff import credentials, placement
 from raydiff.plan.clusters import cluster_nodes
 
 
@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="path=value")
     parser.add_argument("--release", action="store_true", help="ask for nothing any more")
     parser.add_argument("--minutes", type=float, default=20, help="how long to wait for the nodes")
+    credentials.refuse_arguments(sys.argv[1:])
     arguments = parser.parse_args()
     run = raydiff.load(arguments.recipe, arguments.overrides)
 

@@ -7,6 +7,7 @@ import argparse
 import sys
 
 import raydiff
+from raydiff import credentials
 
 
 def main() -> int:
@@ -14,8 +15,9 @@ def main() -> int:
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="path=value")
     parser.add_argument("--resume", metavar="NAME", help="name or folder of a started run")
-    arguments = parser.parse_args()
     try:
+        credentials.refuse_arguments(sys.argv[1:])
+        arguments = parser.parse_args()
         raydiff.train(raydiff.load(arguments.recipe, arguments.overrides), resume=arguments.resume)
     except (ValueError, FloatingPointError, OSError) as error:
         print(error, file=sys.stderr)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raydiff import cli_pairs
+from raydiff import cli_pairs, credentials
 from raydiff.cli_pairs import OwnCode
 
 if TYPE_CHECKING:
@@ -382,8 +382,10 @@ def plan(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. A fault of the user's is one plain message and exit code 2; RAYDIFF_DEBUG=1 shows where it came from."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="raydiff")
+        credentials.refuse_arguments(given)
+        app(args=given, prog_name="raydiff")
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:

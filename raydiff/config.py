@@ -40,6 +40,8 @@ from pydantic import (
     model_validator,
 )
 
+from raydiff import credentials
+
 T = TypeVar("T", bound=BaseModel)
 
 QUOTED = r"%[0-9A-Fa-f]{2}"
@@ -73,9 +75,11 @@ def beside(*words: str) -> AfterValidator:
 
 
 class Config(BaseModel):
-    """Base of every config: frozen, and an unknown key is an error that names the nearest known one."""
+    """Base of every config: frozen, and an unknown key is an error that names the nearest known one; holds no secret."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -84,6 +88,14 @@ class Config(BaseModel):
             unknown = [f"unknown key {key!r}{_nearest(key, cls.model_fields)}" for key in data if key not in cls.model_fields]
             if unknown:
                 raise ValueError("; ".join(unknown))
+        return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secrets(cls, data: Any) -> Any:
+        """Before any other check: what those say may repeat the value."""
+        if secrets := [credentials.fault(field, what) for field, what in credentials.in_tree(data)]:
+            raise ValueError("\n".join(secrets))
         return data
 
 
@@ -272,6 +284,16 @@ class TrainPool(Pool):
     min_replicas: int | None = Field(None, ge=1)
     """When nodes are lost, the fewest workers that go on without them, each with more micro-batches for the same batch. None:
     wait for new nodes."""
+    ports: tuple[int, int] = (29500, 29599)
+    """First and last of the ports at which a node takes the workers' first connection, one for each run there. They pass
+    messages at ports that the kernel picks. Both only on the node's address in the cluster: see docs/clusters.md."""
+
+    @field_validator("ports")
+    @classmethod
+    def _ascending(cls, ports: tuple[int, int]) -> tuple[int, int]:
+        if not 1024 <= ports[0] <= ports[1] <= 65535:
+            raise ValueError("the first and the last of some ports, between 1024 and 65535; e.g. [29500, 29599]")
+        return ports
 
     @model_validator(mode="after")
     def _fewer(self) -> Self:
@@ -604,6 +626,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, own_code: bool = Tr
     file, then in the current folder; one in an override in the current folder only. A recipe is code: a kind may be any module,
     which reading imports. Without `own_code` it is read as in `no_own_code`.
     """
+    _refuse_secrets(f"recipe={path}")
     path = Path(path)
     try:
         text = path.read_text()
@@ -708,6 +731,7 @@ def parsed(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _parse(item: str) -> tuple[str, Any]:
     """`path=value`, the value in TOML's syntax; a bare word is a string."""
+    _refuse_secrets(item)
     path, equals, text = item.partition("=")
     if not equals or not path:
         raise ConfigError(f"override {item!r} is not path=value, e.g. method.k=2")
@@ -715,6 +739,13 @@ def _parse(item: str) -> tuple[str, Any]:
         return path.strip(), with_none(tomllib.loads(f"v = {text}")["v"])
     except tomllib.TOMLDecodeError:
         return path.strip(), None if text == "none" else text
+
+
+def _refuse_secrets(argument: str) -> None:
+    try:
+        credentials.refuse_arguments([argument])
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def with_none(value: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from raydiff import __version__, drafts, pictures, sampling
+from raydiff import __version__, credentials, drafts, pictures, sampling
 from raydiff.config import Sampler
 from raydiff.contents import Contents, of_locations, of_parts
 from raydiff.models import lora
@@ -39,6 +39,7 @@ class Adapter:
     @classmethod
     def parse(cls, text: str) -> Adapter:
         """`DIR` or `DIR:weight`. Raises ValueError when the weight is not a finite number."""
+        credentials.refuse(text, "adapter")
         folder, colon, weight = text.rpartition(":")
         if not colon or Path(text).exists():
             return cls(text)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raydiff import placement
+from raydiff import credentials, placement
 from raydiff.config import ConfigError, load
 from raydiff.placement import Node
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 EXCLUDES = (
+    ".env", ".netrc", ".aws", ".ssh",
     ".git", ".venv", "runs", "pictures", "mlruns", "node_modules", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache",
 )  # fmt: skip
 """Names that are left out of the upload, beside what .gitignore and .rayignore name."""
@@ -41,10 +42,13 @@ def submit(
     `address` is the job server's, None for the one that RAY_API_SERVER_ADDRESS names. `working_dir` is uploaded, None runs what
     the nodes have. On a cluster that `grows`, what has no room yet is submitted too. Without `own_code` a recipe that names
     code is refused, here and there. Raises ConfigError for a run that cannot work there, a folder that is too large, a refused
-    token and a cluster of another version of Ray; ConnectionError when the job server does not answer.
+    token and a cluster of another version of Ray; ConnectionError when the job server does not answer. No argument may hold
+    credentials: the dashboard shows them.
     """
     from raydiff.preflight import faults
 
+    for field, text in {"--resume": resume, "--address": address, "--working-dir": working_dir}.items():
+        credentials.refuse(text, field)
     run = load(recipe, overrides, own_code=own_code)
     if found := faults(run):
         raise ConfigError("\n".join(found))

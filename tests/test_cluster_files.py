@@ -18,6 +18,7 @@ import yaml
 from raydiff import placement
 from raydiff.config import Run, load, override
 from raydiff.placement import GENERATE, REWARD, TRAIN, Node
+from tests.hardened import faults
 
 pytest.importorskip("ray")
 ROOT = Path(__file__).parents[1]
@@ -181,11 +182,10 @@ def test_kuberay_kinds_versions_and_keys(path: Path) -> None:
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         pod = group["template"]["spec"]
         assert pod["restartPolicy"] == "Never"
-        assert pod["securityContext"]["runAsNonRoot"] is True
         (container,) = pod["containers"]
-        assert container["image"].endswith(f":ray-{RAY}")
-        assert {"secretRef": {"name": "raydiff"}} in container["envFrom"]
-        assert [mount["mountPath"] for mount in container["volumeMounts"]] == ["/shared"]
+        assert f":ray-{RAY}@" in container["image"]
+        assert [mount["mountPath"] for mount in container["volumeMounts"]] == ["/shared", "/tmp", "/home/raydiff"]
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
         assert container["resources"]["limits"].get("nvidia.com/gpu") == container["resources"]["requests"].get(
             "nvidia.com/gpu"
         )
@@ -193,20 +193,114 @@ def test_kuberay_kinds_versions_and_keys(path: Path) -> None:
     assert (claim["apiVersion"], claim["kind"]) == ("v1", "PersistentVolumeClaim")
     assert claim["metadata"]["namespace"] == config["metadata"]["namespace"]
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
-        (volume,) = group["template"]["spec"]["volumes"]
+        (volume,) = [v for v in group["template"]["spec"]["volumes"] if "emptyDir" not in v]
         assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
+def pods(path: Path) -> dict[str, dict[str, Any]]:
+    """The template of each pod of a cluster, by group."""
+    spec = cluster_spec(path)
+    return {"head": spec["headGroupSpec"]["template"]} | {g["groupName"]: g["template"] for g in spec["workerGroupSpecs"]}
+
+
 def test_rayjob_is_the_same_cluster() -> None:
-    assert cluster_spec(KUBERAY[1]) == cluster_spec(KUBERAY[0])
+    standing, once = (cluster_spec(path) for path in KUBERAY)
+    for path, spec in zip(KUBERAY, (standing, once), strict=True):
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            assert group["template"].pop("metadata") == {"labels": {"raydiff-cluster": read(path)["metadata"]["name"]}}
+    assert standing == once
+
+
+@named(KUBERAY)
+def test_each_secret_is_where_it_is_needed(path: Path) -> None:
+    """MLflow: who drives runs. Buckets: who writes checkpoints too. The hub: who loads weights."""
+    given = {
+        name: {entry["secretRef"]["name"] for entry in pod["spec"]["containers"][0]["envFrom"]}
+        for name, pod in pods(path).items()
+    }
+    assert given == {
+        "head": {"raydiff-mlflow", "raydiff-bucket", "raydiff-hub"}, TRAIN: {"raydiff-bucket", "raydiff-hub"},
+        GENERATE: {"raydiff-hub"}, REWARD: {"raydiff-hub"},
+    }  # fmt: skip
+    named_in_docs = set(re.findall(r"create secret generic (\S+)", (DOCS / "clusters.md").read_text()))
+    assert named_in_docs == given["head"]
+
+
+def policies() -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((CLUSTER / "kuberay/network.yaml").read_text()))
+
+
+def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    return selector.get("matchLabels", {}).items() <= labels.items()
+
+
+def reaches(labels: dict[str, str], target: dict[str, str], port: int, namespace: str = "raydiff") -> bool:
+    """Whether a pod with some labels may connect to another's port in the namespace raydiff, as Kubernetes decides it."""
+    chosen = [policy["spec"] for policy in policies() if selects(policy["spec"]["podSelector"], target)]
+    if not any("Ingress" in spec["policyTypes"] for spec in chosen):
+        return True
+    for rule in (rule for spec in chosen for rule in spec.get("ingress", [])):
+        open_to_all = "from" not in rule
+        known = any(
+            selects(peer.get("podSelector", {}), labels)
+            and (
+                selects(peer["namespaceSelector"], {"kubernetes.io/metadata.name": namespace})
+                if "namespaceSelector" in peer
+                else namespace == "raydiff"
+            )
+            for peer in rule.get("from", [])
+        )
+        if (known or open_to_all) and ("ports" not in rule or port in [at["port"] for at in rule["ports"]]):
+            return True
+    return False
+
+
+def test_only_the_pods_of_a_cluster_reach_each_other() -> None:
+    """With the labels of the files, and those that KubeRay adds."""
+    assert all(policy["metadata"]["namespace"] == read(KUBERAY[0])["metadata"]["namespace"] for policy in policies())
+    assert all(policy["apiVersion"] == "networking.k8s.io/v1" and policy["kind"] == "NetworkPolicy" for policy in policies())
+    clusters = [
+        {
+            name: pod["metadata"]["labels"] | {"ray.io/node-type": "head" if name == "head" else "worker"}
+            for name, pod in pods(path).items()
+        }
+        for path in KUBERAY
+    ]
+    ports = (6379, 8265, 10001, 10002, 29500, 45678, 8080)
+    for mine, others in (clusters, clusters[::-1]):
+        for target in mine.values():
+            for port in ports:
+                assert all(reaches(labels, target, port) for labels in mine.values())
+                assert not any(reaches(labels, target, port) for labels in others.values())
+                for stranger in ({}, {"app": "web"}, {"ray.io/node-type": "head"}):
+                    assert not reaches(stranger, target, port)
+                    assert not reaches(stranger | target, target, port, namespace="other")
+        operator = {"app.kubernetes.io/component": "kuberay-operator"}
+        assert [port for port in ports if reaches(operator, mine["head"], port, namespace="default")] == [8265]
+        assert not reaches(operator, mine["head"], 8265, namespace="other")
+        assert not reaches(operator, mine[TRAIN], 8265, namespace="default")
+    submitter = read(KUBERAY[1])["spec"]["submitterPodTemplate"]["metadata"]["labels"]
+    assert [port for port in ports if reaches(submitter, clusters[1]["head"], port)] == [8265]
+    assert not any(reaches(submitter, clusters[0]["head"], port) for port in ports)
+    assert not reaches({}, {"app": "whatever runs there too"}, 80)
+
+
+def test_the_docs_name_the_ports() -> None:
+    from raydiff.config import TrainPool
+
+    text = (DOCS / "clusters.md").read_text()
+    first, last = TrainPool().ports
+    assert f"{first} to {last}" in text
+    for port in (6379, 8265, 10001):
+        assert f"{port}" in text
 
 
 def test_rayjob_runs_its_recipe_once() -> None:
     spec = read(KUBERAY[1])["spec"]
     assert spec.keys() == {
         "entrypoint", "runtimeEnvYAML", "submissionMode", "backoffLimit", "shutdownAfterJobFinishes",
-        "ttlSecondsAfterFinished", "rayClusterSpec",
+        "ttlSecondsAfterFinished", "rayClusterSpec", "submitterPodTemplate",
     }  # fmt: skip
     assert spec["backoffLimit"] == 0
     assert spec["shutdownAfterJobFinishes"] is True
@@ -236,14 +330,19 @@ def test_versions_are_the_pinned_ones() -> None:
     for path in (*RAY_UP, *KUBERAY, CLUSTER / "Dockerfile"):
         assert pins[path], f"{path.name} pins no version of Ray"
     assert {pin for found in pins.values() for pin in found} == {RAY}
-    assert len({pin for t in text.values() for pin in re.findall(r"/uv[:/](\d[\d.]*\d)", t)}) == 1
+    pinned = re.findall(r"^uv==\S+ --hash=sha256:[0-9a-f]{64}$", text[CLUSTER / "uv.txt"], re.M)
+    assert len(pinned) == 1
+    for path in (*RAY_UP, CLUSTER / "Dockerfile"):
+        assert re.search(r"pip install [^&;]*--require-hashes --requirement \S+/uv\.txt", text[path]), path.name
     assert set(re.findall(r"^ray==.+$", (ROOT / "constraints.txt").read_text(), re.M)) == {f"ray=={RAY}"}
 
 
 def test_dockerfile() -> None:
     text = (CLUSTER / "Dockerfile").read_text()
     steps = re.sub(r"\\\n", " ", text).splitlines()
-    assert "FROM nvidia/cuda:${CUDA}-runtime-ubuntu24.04" in steps
+    (base,) = [step for step in steps if step.startswith("FROM ")]
+    assert re.fullmatch(r"FROM nvidia/cuda:\$\{CUDA\}-runtime-ubuntu24\.04@\$\{CUDA_DIGEST:\?.+\}", base)
+    assert "ARG CUDA_DIGEST" in steps[: steps.index(base)]  # with no default
     assert "uv venv --python 3.11" in text
     assert [step for step in steps if step.startswith("USER ")] == ["USER 1000"]
     assert not [step for step in steps[steps.index("USER 1000") :] if step.startswith("RUN ")]  # nothing after it needs root
@@ -262,7 +361,7 @@ def test_dockerfile() -> None:
 
 
 SECRET = re.compile(
-    r"AKIA[0-9A-Z]{16}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY|[0-9a-f]{32,}"
+    r"AKIA[0-9A-Z]{16}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY|(?<!sha256:)\b[0-9a-f]{32,}"
     r"|(?i:password|token|secret|access_key|api_key)(?i:[a-z_]*)[\"']?\s*[:=]\s*[\"']?(?![$/~{<.])[A-Za-z0-9+_-]{8,}"
     r"|://[^\s:/@$]+:[^\s@$/]+@"
 )
@@ -284,11 +383,148 @@ def test_a_secret_would_be_found(text: str) -> None:
     assert SECRET.search(text)
 
 
-def test_secrets_come_by_reference() -> None:
-    for path in KUBERAY:
-        for group in (cluster_spec(path)["headGroupSpec"], *cluster_spec(path)["workerGroupSpecs"]):
-            for entry in group["template"]["spec"]["containers"][0]["env"]:
-                assert not re.search("TOKEN|SECRET|PASSWORD|KEY", entry["name"]), f"{entry['name']} belongs into a Secret"
+@named(FILES)
+def test_nothing_is_unpinned_unverified_or_too_privileged(path: Path) -> None:
+    assert faults(path.name, path.read_text()) == []
+
+
+DIGEST = f"sha256:{'0123456789abcdef' * 4}"
+POD = f"""
+apiVersion: batch/v1
+kind: Job
+spec:
+  template:
+    spec:
+      automountServiceAccountToken: false
+      securityContext: {{runAsNonRoot: true, seccompProfile: {{type: RuntimeDefault}}}}
+      containers:
+        - name: one
+          image: registry/one:1@{DIGEST}
+          command: [sh, -c, "curl https://host/x -o x && echo 0a x | sha256sum --check && sh x"]
+          securityContext:
+            allowPrivilegeEscalation: false
+            capabilities: {{drop: [ALL]}}
+            readOnlyRootFilesystem: true
+"""
+COMPOSE = f"""
+services:
+  one:
+    image: registry/one:1@{DIGEST}
+    cap_drop: [ALL]
+    security_opt: [no-new-privileges:true]
+    read_only: true
+    ports: ["127.0.0.1:80:80"]
+    volumes: [data:/data]
+"""
+DOCKERFILE = f"""
+FROM registry/one:1@{DIGEST} AS first
+FROM first
+COPY --from=first /x /x
+RUN curl -o x https://host/x \\
+    && echo 0a x | sha256sum -c && sh x
+RUN pip install --constraint constraints.txt package
+"""
+SCRIPT = "curl -o x https://host/x && echo 0a x | sha256sum -c && bash x\npip install package==1.0\n"
+HARMLESS = {"job.yaml": POD, "compose.yml": COMPOSE, "Dockerfile.gpu": DOCKERFILE, "setup.sh": SCRIPT}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_files_that_are_in_order_pass(name: str) -> None:
+    assert faults(name, HARMLESS[name]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "fault"),
+    [
+        ("job.yaml", f"one:1@{DIGEST}", "one:1", "has no digest"),
+        ("job.yaml", f"one:1@{DIGEST}", "one", "has no digest"),
+        ("job.yaml", DIGEST, "sha256:0123", "has no digest"),
+        ("job.yaml", DIGEST, "${DIGEST}", "has no digest"),
+        ("job.yaml", "drop: [ALL]", "drop: [NET_RAW]", "keeps capabilities"),
+        ("job.yaml", "{drop: [ALL]}", "{drop: [ALL], add: [SYS_ADMIN]}", "keeps capabilities"),
+        ("job.yaml", "capabilities: {drop: [ALL]}", "privileged: true", "may gain privileges"),
+        ("job.yaml", "allowPrivilegeEscalation: false", "runAsUser: 1000", "may gain privileges"),
+        ("job.yaml", "readOnlyRootFilesystem: true", "runAsUser: 0", "runs as root"),
+        ("job.yaml", "readOnlyRootFilesystem: true", "runAsUser: 1000", "may write to its image"),
+        ("job.yaml", "runAsNonRoot: true", "runAsUser: 1000", "may run as root"),
+        ("job.yaml", "type: RuntimeDefault", "type: Unconfined", "has no seccompProfile"),
+        ("job.yaml", "automountServiceAccountToken: false", "automountServiceAccountToken: true", "a token for Kubernetes"),
+        ("job.yaml", "automountServiceAccountToken: false", "hostNetwork: true", "hostNetwork"),
+        (
+            "job.yaml",
+            "      containers:",
+            "      initContainers: [{name: two, image: two}]\n      containers:",
+            "container two",
+        ),
+        ("job.yaml", "&& echo 0a x | sha256sum --check && sh x", "| sh", "runs what it downloads"),
+        ("job.yaml", "&& echo 0a x | sha256sum --check", "", "downloads what nothing verifies"),
+        ("job.yaml", "          command:", "          env: [{name: HF_TOKEN, value: x}]\n          command:", "into a Secret"),
+        ("compose.yml", f"@{DIGEST}", "", "has no digest"),
+        ("compose.yml", "cap_drop: [ALL]", "cap_drop: [NET_RAW]", "keeps capabilities"),
+        ("compose.yml", "read_only: true", "privileged: true", "keeps capabilities"),
+        ("compose.yml", "read_only: true", "read_only: false", "may write to its image"),
+        ("compose.yml", "[no-new-privileges:true]", "[]", "may gain privileges"),
+        ("compose.yml", "127.0.0.1:80:80", "80:80", "open to the network"),
+        ("compose.yml", "data:/data", "/var/run/docker.sock:/x", "a folder of the machine"),
+        ("Dockerfile.gpu", f"one:1@{DIGEST}", "one:latest", "has no digest"),
+        ("Dockerfile.gpu", "FROM first", "FROM --platform=linux/amd64 debian:13 AS second", "has no digest"),
+        ("Dockerfile.gpu", "--from=first", "--from=registry/two:1", "has no digest"),
+        (
+            "Dockerfile.gpu",
+            "RUN curl -o x https://host/x",
+            "RUN curl -LsSf https://host/x | sh; true",
+            "runs what it downloads",
+        ),
+        ("Dockerfile.gpu", "sha256sum -c", "cat", "downloads what nothing verifies"),
+        ("Dockerfile.gpu", "RUN pip", "ADD https://host/x /x\nRUN pip", "downloads what nothing verifies"),
+        ("Dockerfile.gpu", "--constraint constraints.txt", "--no-cache-dir", "of no fixed version"),
+        (
+            "setup.sh",
+            "-o x https://host/x && echo 0a x | sha256sum -c && bash x",
+            "https://host/x | sudo -E bash -s",
+            "runs what",
+        ),
+        (
+            "setup.sh",
+            "curl -o x https://host/x && echo 0a x",
+            'sh -c "$(curl -fsSL https://host/x)"; x',
+            "runs what it downloads",
+        ),
+        ("setup.sh", "curl -o x https://host/x && echo 0a x", "bash <(curl -s https://host/x); x", "runs what it downloads"),
+        ("setup.sh", "curl -o x https://host/x", "wget -qO- https://host/x | python3 -", "runs what it downloads"),
+        ("setup.sh", "| sha256sum -c", "", "downloads what nothing verifies"),
+        ("setup.sh", "package==1.0", "package", "of no fixed version"),
+        ("ray.yaml", "", "setup_commands: ['test -x uv || curl -LsSf https://host/install.sh | sh']", "runs what it downloads"),
+        ("ray.yaml", "", "docker: {image: 'rayproject/ray:2.60.0'}", "has no digest"),
+        ("ray.yaml", "", "initialization_commands: ['wget $URL']", "downloads what nothing verifies"),
+        ("ray.yaml", "", "build: {dockerfile_inline: 'FROM python:3.11'}", "has no digest"),
+    ],
+)
+def test_a_sabotaged_file_is_noticed(name: str, old: str, new: str, fault: str) -> None:
+    text = HARMLESS.get(name, "")
+    assert old in text
+    found = faults(name, text.replace(old, new, 1))
+    assert any(fault in one for one in found), found
+
+
+@named(KUBERAY)
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("readOnlyRootFilesystem: true", "readOnlyRootFilesystem: false", "container autoscaler: may write to its image"),
+        ("securityContext: *container", "", "container ray-head: keeps capabilities"),
+        ("automountServiceAccountToken: false", "", "has a token for Kubernetes"),
+        ("seccompProfile: {type: RuntimeDefault}", "", "pod of ['ray-head']: has no seccompProfile"),
+        ("enableInTreeAutoscaling: true", "enableInTreeAutoscaling: false", "pod of ['ray-head']: has a token"),
+        ("@sha256:EDIT-ME", "", "has no digest"),
+    ],
+)
+def test_a_sabotaged_cluster_is_noticed(path: Path, old: str, new: str, fault: str) -> None:
+    found = faults(path.name, path.read_text().replace(old, new, 1))
+    assert any(fault in one for one in found), found
+
+
+def test_passwords_come_from_outside() -> None:
     example = dict(re.findall(r"^(\w+)=(.*)$", (CLUSTER / "mlflow/.env.example").read_text(), re.M))
     assert example["POSTGRES_PASSWORD"] == ""
     assert ".env" in (ROOT / ".gitignore").read_text().split()
@@ -299,7 +535,8 @@ def test_mlflow_compose() -> None:
     config, text = read(path), path.read_text()
     assert config["services"].keys() == {"db", "mlflow"}
     db, server = config["services"]["db"], config["services"]["mlflow"]
-    assert db["image"].startswith("postgres:")
+    assert db["image"].startswith("postgres:17@${POSTGRES_DIGEST:?")
+    assert "FROM python:3.11-slim@${PYTHON_DIGEST:?" in server["build"]["dockerfile_inline"]
     assert server["environment"]["MLFLOW_BACKEND_STORE_URI"].startswith("postgresql://mlflow:${POSTGRES_PASSWORD}@db:5432/")
     assert server["depends_on"]["db"]["condition"] == "service_healthy"
     assert "healthcheck" in db

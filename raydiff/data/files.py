@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from raydiff import credentials
+
 File = TypeVar("File")
 
 ALL = "all"  # the split that is every one of them
@@ -23,10 +25,12 @@ _WORDS = {
 _WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(_WORDS, key=len, reverse=True))})(_unique)?(?![a-z])")
 
 
-def locate(uri: str | Path) -> tuple[str, Any, str]:
-    """(the URI or absolute path, its pyarrow filesystem, the path inside it)."""
+def locate(uri: str | Path, field: str = "a folder") -> tuple[str, Any, str]:
+    """(the URI or absolute path, its pyarrow filesystem, the path inside it). Raises ValueError, naming `field`, for a URI with
+    credentials."""
     from pyarrow import fs
 
+    credentials.refuse(uri, field)
     if isinstance(uri, str) and "://" in uri:
         return (uri, *fs.FileSystem.from_uri(uri))
     path = str(Path(uri).expanduser().resolve())
@@ -49,7 +53,7 @@ def listed(uri: str | Path, field: str) -> tuple[Any, list[tuple[Any, str]]]:
     """(filesystem, its FileInfos, each with its split's name), of all splits. Raises FileNotFoundError when there is none."""
     from pyarrow import fs
 
-    _, system, root = locate(uri)
+    _, system, root = locate(uri, field)
     info = system.get_file_info(root)
     if info.is_file:
         return system, [(info, split_of(info.path, str(PurePosixPath(root).parent)))]

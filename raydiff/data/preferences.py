@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raydiff import credentials
 from raydiff.data.files import count, is_bytes, is_text, listed, of_split
 from raydiff.data.files import opened as opened_as
 from raydiff.data.images import bad_prompt, encoded
@@ -122,6 +123,7 @@ def rows_by_split(paths: Sequence[str | Path], name: str) -> dict[str, int]:
 
 
 def _listed(path: str | Path, name: str) -> list[tuple[Path, str]]:
+    credentials.refuse(path, name)
     if "://" in str(path):
         raise PairsError(f"{name} = {str(path)!r}: pairs are read from a disk; give a folder that every node sees")
     root = Path(path).expanduser()

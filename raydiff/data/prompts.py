@@ -46,7 +46,7 @@ def stream(source: str, field: str, split: str | None = None, option: str | None
     `split`. Raises FileNotFoundError; ValueError for text that is not UTF-8, for a Parquet file without a column `prompt` of
     text, and for several splits of which none is asked for, all of it before the first prompt.
     """
-    _, system, path = locate(source)
+    _, system, path = locate(source, field)
     info = system.get_file_info(path)
     if info.is_file and info.extension == "txt":
         if split is not None:

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 
+from raydiff import credentials
 from raydiff.config import ConfigError
 from raydiff.placement import Node
 from raydiff.plan.clusters import cluster_nodes
@@ -33,6 +34,7 @@ def start(dashboard: bool = False) -> None:
         os.environ.setdefault(name, value)
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
+        credentials.refuse(address, "RAY_ADDRESS")
         local = {} if address else {"include_dashboard": dashboard}
         try:
             ray.init(log_to_driver=False, logging_level="ERROR", **local)

@@ -187,7 +187,9 @@ class Launch:
 
     def _trainer(self, run: Run) -> Any:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchTrainer
+
+        from raydiff.distributed.rendezvous import Rendezvous
 
         nodes = cluster_nodes()
         claim, streamed = placement.of(run, nodes, placement.TRAIN), run.generation.where == "pool"
@@ -205,7 +207,9 @@ class Launch:
                 "store": self.store,
                 "rewards": self.rewards,
             },
-            torch_config=TorchConfig(backend="nccl" if claim.gpus else "gloo", timeout_s=math.ceil(run.train.timeout)),
+            torch_config=Rendezvous(
+                backend="nccl" if claim.gpus else "gloo", timeout_s=math.ceil(run.train.timeout), ports=run.pools.train.ports
+            ),
             scaling_config=ScalingConfig(
                 num_workers=claim.replicas,
                 use_gpu=claim.gpus > 0,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from raydiff import credentials
 from raydiff.config import ConfigError
 from raydiff.placement import Node
 
@@ -37,6 +38,7 @@ class Machine:
 def here() -> Machine:
     """The cluster that RAY_ADDRESS names, or this machine."""
     if address := os.environ.get("RAY_ADDRESS"):
+        credentials.refuse(address, "RAY_ADDRESS")
         import ray
 
         with contextlib.ExitStack() as stack:
