@@ -1,5 +1,9 @@
 """Labelled pairs on Ray: workers share the encoding, and a killed one changes nothing."""
 
+import os
+import random
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from raydiff.distributed.storage import Folder
 from raydiff.local import fit
 from raydiff.models.lora import WEIGHTS
 from tests.data import shards
+from tests.distributed.pools import found
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -64,6 +69,37 @@ def test_a_pool_encodes_what_one_process_does(cluster: str, ray_run: Callable[..
     times = {path: path.stat().st_mtime_ns for path in made.folder.iterdir()}
     assert len(encode(run)) == len(made)
     assert {path: path.stat().st_mtime_ns for path in made.folder.iterdir()} == times
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_actors_that_are_killed_while_they_encode_change_no_byte(
+    cluster: str, ray_run: Callable[..., Run], tmp_path: Path, seed: int
+) -> None:
+    """Two actors, and a kill of either every few seconds at random instants, in the middle of a write too."""
+    from raydiff.distributed.encode_batch import encode
+
+    file = shards.pairs(tmp_path / "p.parquet", 60 * latents._ROWS)
+    run = ray_run({"method": {"kind": "sft", "source": "dataset"}, "pairs.path": str(file), "pools.generate.replicas": 2})
+    alone = override(run, {"pairs.cache": str(tmp_path / "alone")})
+    expected = latents.prepare(alone.pairs, alone.model.build(), alone.evaluate.batch)
+    draw, over, killed = random.Random(seed), threading.Event(), list[int]()
+
+    def kill() -> None:
+        while not over.wait(draw.uniform(0.5, 4)) and len(killed) < 4:
+            if actors := found("MapBatches(Actor)"):
+                killed.append(draw.choice(actors))
+                os.kill(killed[-1], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    made = encode(run)
+    over.set()
+    thread.join()
+    assert killed
+    names = sorted(path.name for path in expected.folder.iterdir())
+    assert sorted(path.name for path in made.folder.iterdir()) == names
+    assert all((made.folder / name).read_bytes() == (expected.folder / name).read_bytes() for name in names)
 
 
 def test_a_pool_ends_at_too_many_bad_pairs_and_names_one(cluster: str, ray_run: Callable[..., Run], tmp_path: Path) -> None:
