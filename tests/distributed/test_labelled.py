@@ -79,7 +79,7 @@ def test_actors_that_are_killed_while_they_encode_change_no_byte(
     """Two actors, and a kill of either every few seconds at random instants, in the middle of a write too."""
     from raydiff.distributed.encode_batch import encode
 
-    file = shards.pairs(tmp_path / "p.parquet", 60 * latents._ROWS)
+    file = shards.pairs(tmp_path / "p.parquet", 20 * latents._ROWS)
     run = ray_run({"method": {"kind": "sft", "source": "dataset"}, "pairs.path": str(file), "pools.generate.replicas": 2})
     alone = override(run, {"pairs.cache": str(tmp_path / "alone")})
     expected = latents.prepare(alone.pairs, alone.model.build(), alone.evaluate.batch)
