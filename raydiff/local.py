@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,11 @@ from raydiff import drafts, watch
 from raydiff.config import Run
 from raydiff.contents import Contents
 from raydiff.core.learner import TorchEngine
-from raydiff.session import Picture, Session, summary
+from raydiff.loop import Loop
+from raydiff.session import Picture, Session
+
+Show = Callable[[int, list[Picture]], Any]
+"""Gets the updates done, and an evaluation's pictures."""
 
 
 def fit(
@@ -21,7 +24,7 @@ def fit(
     *,
     device: torch.device | str = "cpu",
     folder: str | Path | None = None,
-    show: Callable[[int, list[Picture]], Any] | None = None,
+    show: Show | None = None,
 ) -> Iterator[dict[str, float]]:
     """Train, yielding the metrics of each update, held-out rewards among them where the run evaluates.
 
@@ -37,39 +40,29 @@ def fit(
     session = Session(run, device)
     session.prepare()
     held.check_session(session, "pairs", *(["evaluate.clip"] if session.embed else []))
-    optimizer, scheduler = session.optimizer()
-    engine = TorchEngine(
-        optimizer, scheduler, session.geometry.step_accumulation, run.optimizer.max_grad_norm, session.loss_scale
-    )
-    start = time.perf_counter()
-
-    def evaluated(done: int) -> dict[str, float]:
-        pictures = evaluate(session)
-        if show:
-            show(done, pictures)
-        return summary(pictures)
-
-    rows = [{"step": 0, **evaluated(0), "seconds": time.perf_counter() - start}]
-    watch.stopped(run, rows)
-    yield rows[0]
-    for step in range(run.train.updates):
-        metrics = session.update(engine, step)
-        if session.ema:
-            session.ema.update(session.model.trained())
-        done = step + 1
-        metrics |= {"seconds": time.perf_counter() - start, **vars(session.policy.calls)}
-        if watch.due(run, done):
-            metrics |= evaluated(done)
-        rows.append({"step": done, **metrics})
-        watch.require_learning(run, rows)
-        if folder is not None and (best := watch.improved(run, rows)):
-            export(session, best_folder(folder), best)
-        reason = watch.stopped(run, rows)
-        yield rows[-1]
-        if reason:
-            break
+    yield from Local(session, folder, show).rows()
     if folder is not None:
         export(session, folder)
+
+
+class Local(Loop):
+    """The loop of one process, which exports the best weights as they come."""
+
+    def __init__(self, session: Session, folder: str | Path | None, show: Show | None) -> None:
+        super().__init__()
+        self.session, self.folder, self.show = session, folder, show
+        geometry, most = session.geometry, session.run.optimizer.max_grad_norm
+        self.engine = TorchEngine(*session.optimizer(), geometry.step_accumulation, most, session.loss_scale)
+
+    def evaluate(self) -> list[Picture]:
+        pictures = super().evaluate()
+        if self.show:
+            self.show(self.done, pictures)
+        return pictures
+
+    def keep_best(self) -> None:
+        if self.folder is not None:
+            export(self.session, best_folder(self.folder), watch.best(self.session.run, self.history))
 
 
 def export(session: Session, folder: str | Path, best: watch.Best | None = None) -> None:
@@ -84,9 +77,3 @@ def export(session: Session, folder: str | Path, best: watch.Best | None = None)
 def best_folder(folder: str | Path) -> Path:
     """Where the best weights go when the last ones go to `folder`."""
     return Path(folder).with_name(f"{Path(folder).name}_best")
-
-
-def evaluate(session: Session) -> list[Picture]:
-    """Held-out pictures of the weights that would be exported now."""
-    with session.averaged():
-        return session.evaluate()

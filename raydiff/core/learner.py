@@ -76,6 +76,10 @@ class Engine(Protocol):
 
     loss_scale: LossScale | None
 
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+
     def backward(self, loss: Tensor) -> object: ...
 
     def step(self) -> float | None:
@@ -100,6 +104,10 @@ class TorchEngine:
         self.optimizer, self.scheduler = optimizer, scheduler
         self.accumulation, self.max_grad_norm, self.loss_scale = accumulation, max_grad_norm, loss_scale
         self._done = 0
+
+    @property
+    def lr(self) -> float:
+        return float(self.scheduler.get_last_lr()[0])
 
     def backward(self, loss: Tensor) -> None:
         scale = self.loss_scale.scale if self.loss_scale else 1.0

@@ -33,6 +33,7 @@ class Asked:
 
     def __init__(self, actor: Any, name: str, limit: float, say: Say) -> None:
         self.actor, self.name, self.limit, self.say = actor, name, limit, say
+        self.patience = limit  # doubled by each kill until an answer comes: a start may take longer than an answer
         self.ref: Any = None
         self.since = 0.0
 
@@ -44,13 +45,15 @@ class Asked:
         if self.ref is None:
             self.ref, self.since = getattr(self.actor, method).remote(*args), time.monotonic()
         if not ray.wait([self.ref], timeout=wait)[0]:
-            if time.monotonic() - self.since > self.limit:
-                self.say(started_again(self.name, f"has not answered for {self.limit:g} s"))
+            if time.monotonic() - self.since > self.patience:
+                self.say(started_again(self.name, f"has not answered for {self.patience:g} s"))
                 ray.kill(self.actor, no_restart=False)
-                self.ref = None
+                self.ref, self.patience = None, 2 * self.patience
             return None
         ref, self.ref = self.ref, None
-        return answer(ref)
+        found = answer(ref)
+        self.patience = self.patience if found is None else self.limit
+        return found
 
 
 def answer(ref: Any) -> Any:

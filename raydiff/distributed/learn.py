@@ -1,10 +1,11 @@
-"""The loop of one training worker: what `local.fit` does, on its share of every batch, with checkpoints."""
+"""One training worker: the loop on its share of every batch, with checkpoints, and what all workers agree on."""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,7 @@ from raydiff import contents, fingerprint, pictures, watch
 from raydiff.config import ConfigError, Run
 from raydiff.contents import Contents
 from raydiff.core.policy import Calls
+from raydiff.core.rollouts import Rollouts
 from raydiff.distributed import checkpoint, lease, score
 from raydiff.distributed.checkpoint import FINISHED, Checkpoint
 from raydiff.distributed.engine import ZeroEngine
@@ -30,6 +32,7 @@ from raydiff.distributed.score import RewardClient
 from raydiff.distributed.storage import PATIENCE, Folder
 from raydiff.distributed.tracking import Record
 from raydiff.distributed.weights import SyncError
+from raydiff.loop import Loop, Row
 from raydiff.session import Picture, Session, summary
 from raydiff.watch import Best
 
@@ -67,8 +70,10 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
             return {"refused": (refusal.kind, refusal.message)}
 
 
-class Worker:
-    """One worker's objects, continued from the newest checkpoint if the folder has one. Every method is collective."""
+class Worker(Loop):
+    """One worker's loop, continued from the newest checkpoint if the folder has one. Every method is collective."""
+
+    engine: ZeroEngine
 
     def __init__(
         self,
@@ -82,10 +87,9 @@ class Worker:
         store: Any = None,
         rewards: RewardClient | None = None,
     ) -> None:
+        super().__init__()
         self.run, self.ranks, self.folder, self.token, self.store = run, ranks, folder, token, store
         self.record = record
-        self.history: list[dict[str, float]] = []  # the metrics of every update so far, over restarts
-        self.next_step, self.start = 0, time.perf_counter()
         self.evaluated: tuple[int, list[Picture]] = (-1, [])  # after how many updates, and its pictures
         self.best: Mapping[str, Tensor] = {}  # the weights of watch.best, on rank 0
         self.exported = -1  # the step whose weights are in BEST
@@ -152,46 +156,20 @@ class Worker:
             self.session.policy.calls = found.calls
             self.record.add(found.history, [])
             self.record.tell(f"continuing after update {found.next_step}")
-        self.history, self.next_step = found.history, found.next_step
+        self.history, self.done = found.history, found.next_step
 
     def encoding(self, done: int, pieces: int) -> None:
         if self.ranks.rank == 0 and done == 0:
             self.record.tell(f"encoding the pairs of {self.run.pairs.path}: {pieces} pieces, once")
 
     def train(self) -> dict[str, Any]:
-        train = self.run.train
-        self.publish(self.next_step)
-        if not self.history:
-            self.report({"step": 0, **summary(self.evaluate(0)), **self.cost()})
-        reason = self.stopped()
-        for step in range(self.next_step, train.updates):
-            if reason:
-                break
-            lr = self.engine.lr
-            metrics = self.updated(step)
-            if self.session.ema:
-                self.session.ema.update(self.engine.weights())
-            done = step + 1
-            metrics |= self.publish(done)
-            shared = self.ranks.gather((metrics, self.ranks.rank == 0 and self.record.must_stop()))
-            stop = shared[0][1]
-            row = {"step": done, **_mean([m for m, _ in shared])}
-            row |= {"lr": lr, **self.cost()}
-            if watch.due(self.run, done):
-                row |= summary(self.evaluate(done))
-            self.require_folder()
-            self.report(row)
-            with self.ranks.agreed():
-                watch.require_learning(self.run, self.history)
-            self.keep_best()
-            reason = self.stopped()
-            if stop or reason or done % train.checkpoint_every == 0 or done == train.updates:
-                self.save(done)
-            if stop and not reason and done < train.updates:
-                return {"stopped": done}
+        """What `work` returns."""
+        deque(self.rows(), maxlen=0)
+        if self.stopping and not self.reason and self.done < self.run.train.updates:
+            return {"stopped": self.done}
         if self.stream:
             self.stream.close()
-        return {"finished": self.finish(reason)}
+        return {"finished": self.finish()}
 
     def require_folder(self) -> None:
         """End the run when another driver has taken its folder over: one that was stopped, or cut off, finds out by this."""
@@ -199,58 +177,71 @@ class Worker:
             if self.ranks.rank == 0:
                 lease.require(self.folder, self.token)
 
-    def updated(self, step: int) -> dict[str, float]:
-        """One update. A gradient that is refused is so on all workers, whose norm is one."""
+    def learn(self, step: int, batches: Iterable[Rollouts] | None = None) -> Row:
+        """A gradient that is refused is so on all workers, whose norm is one."""
         try:
-            return self.session.update(self.engine, step, self.stream.batches(step) if self.stream else None)
+            return super().learn(step, self.stream.batches(step) if self.stream else None)
         except FloatingPointError as error:
             raise Refused.of(error) from None
 
+    def weights(self) -> Mapping[str, Tensor]:
+        return self.engine.weights()
+
+    def share(self, metrics: Row) -> Row:
+        """Hand the weights to the pool. Returns the means over workers, and what the pools did since the last time."""
+        import ray
+
+        if self.stream:
+            metrics |= self.stream.publish(self.done, self.engine.weights())
+        if self.store is not None and self.ranks.rank == 0:
+            metrics |= self.meter.since(ray.get(self.store.status.remote()))
+        shared = self.ranks.gather((metrics, self.ranks.rank == 0 and self.record.must_stop()))
+        self.stopping = shared[0][1] and bool(self.history)  # a run that has nothing yet makes an update first
+        return _mean([m for m, _ in shared])
+
     def stopped(self) -> str | None:
-        """Why `train.stop_when` ends the run here, as rank 0 sees it: seconds differ."""
+        """As rank 0 sees it: seconds differ."""
         if not self.run.train.stop_when:
             return None
         reason = None
         with self.ranks.agreed():
             if self.ranks.rank == 0:
-                reason = watch.stopped(self.run, self.history)
+                reason = super().stopped()
         return self.ranks.gather(reason)[0]
 
+    def require_learning(self) -> None:
+        with self.ranks.agreed():
+            super().require_learning()
+
     def keep_best(self) -> None:
-        """Take a copy of the weights that were just evaluated, if they are the best."""
-        if watch.improved(self.run, self.history):
-            weights = self.averages()
-            if self.ranks.rank == 0:
-                self.best = {name: w.detach().float().cpu().clone() for name, w in weights.items()}
+        """Take a copy of the weights that were just evaluated."""
+        weights = self.averages()
+        if self.ranks.rank == 0:
+            self.best = {name: w.detach().float().cpu().clone() for name, w in weights.items()}
 
-    def publish(self, version: int) -> dict[str, float]:
-        """Hand the weights to the generation pool. Returns what the pools did since the last time; counters, on rank 0."""
-        import ray
+    def checkpoint(self) -> None:
+        train = self.run.train
+        if self.stopping or self.reason or self.done % train.checkpoint_every == 0 or self.done == train.updates:
+            self.save()
 
-        told = self.stream.publish(version, self.engine.weights()) if self.stream else {}
-        if self.store is not None and self.ranks.rank == 0:
-            told |= self.meter.since(ray.get(self.store.status.remote()))
-        return told
-
-    def evaluate(self, done: int) -> list[Picture]:
+    def evaluate(self) -> list[Picture]:
         """All held-out pictures of the weights that would be exported now, by index; a grid of them goes to storage."""
         with self.ranks.agreed(), self.averaged():
             mine = self.session.evaluate()
         everyone = sorted((p for share in self.ranks.gather(mine) for p in share), key=lambda p: p.index)
-        self.evaluated = (done, everyone)
+        self.evaluated = (self.done, everyone)
         shown = everyone[: self.run.evaluate.grid]
         with self.ranks.agreed():
             if self.ranks.rank == 0 and shown:
-                if done == 0:
+                if self.done == 0:
                     self.keep_before(shown)
-                self.show(f"pictures/step_{done:06d}.png", pictures.sheet(shown))
+                self.show(f"pictures/step_{self.done:06d}.png", pictures.sheet(shown))
         return everyone
 
-    def finish(self, reason: str | None) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """Export the trained weights and the grid of before and after. The run is finished when FINISHED is written."""
-        done = int(self.history[-1]["step"])
-        after = self.evaluated[1] if self.evaluated[0] == done else self.evaluate(done)
-        weights, result = self.averages(), self.result(reason, after)
+        after = self.evaluated[1] if self.evaluated[0] == self.done else self.evaluate()
+        weights, result = self.averages(), self.result(after)
         with self.ranks.agreed():
             if self.ranks.rank == 0:
                 self.folder.remove(FINISHED)  # of a run that is continued: it tells of the weights before
@@ -259,7 +250,7 @@ class Worker:
                 before = self.before()[: self.run.evaluate.grid]
                 if before:
                     self.show(GRID, pictures.before_after(before, after[: len(before)]))
-                self.folder.write_json(FINISHED, {"updates": done, **result})
+                self.folder.write_json(FINISHED, {"updates": self.done, **result})
                 self.record.settle(_SETTLE)
         return result
 
@@ -285,7 +276,7 @@ class Worker:
         """The weights to evaluate and export, whole. Collective."""
         return self.session.ema.average if self.session.ema else self.engine.weights()
 
-    def result(self, reason: str | None, after: list[Picture]) -> dict[str, Any]:
+    def result(self, after: list[Picture]) -> dict[str, Any]:
         """A run that is resumed with no update left has no row of `after`."""
         best = watch.best(self.run, self.history)
         before, now = ({k: v for k, v in row.items() if k.startswith("held_out/")} for row in (self.history[0], summary(after)))
@@ -294,11 +285,11 @@ class Worker:
             "after": now,
             "seconds": self.history[-1]["seconds"],
             "best": asdict(best) if best else None,
-            "stopped_by": reason,
+            "stopped_by": self.reason,
         }
 
-    def save(self, done: int) -> None:
-        """A checkpoint after `done` updates. Tensors are gathered on all ranks, whatever happens to rank 0's disk."""
+    def save(self) -> None:
+        """A checkpoint. Tensors are gathered on all ranks, whatever happens to rank 0's disk."""
         tensors, calls = self.tensors(), self.calls()
         with self.ranks.agreed():
             try:
@@ -307,7 +298,7 @@ class Worker:
                         self.folder,
                         tensors,
                         run=self.run,
-                        next_step=done,
+                        next_step=self.done,
                         calls=calls,
                         seconds=self.seconds,
                         history=self.history,
@@ -328,14 +319,15 @@ class Worker:
         if self.best:
             yield "best", self.best
 
-    def report(self, row: dict[str, float]) -> None:
+    def report(self, row: Row) -> Row:
         """To the history, to the board, and to Ray, where a sweep listens."""
         import ray.train
 
-        self.history.append(row)
+        self.require_folder()
         if self.ranks.rank == 0:
             self.record.add([row], [])
         ray.train.report(row)
+        return super().report(row)
 
     def show(self, path: str, picture: Any) -> None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -366,7 +358,7 @@ class Worker:
         """What all workers have spent."""
         return sum(self.ranks.gather(self.session.policy.calls), Calls())
 
-    def cost(self) -> dict[str, float]:
+    def cost(self) -> Row:
         return {"seconds": self.seconds, **vars(self.calls())}
 
 

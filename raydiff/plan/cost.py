@@ -143,6 +143,7 @@ class Backward:
     """An engine that accumulates gradients and moves nothing."""
 
     loss_scale: LossScale | None = None
+    lr = 0.0
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
