@@ -20,13 +20,15 @@ from raydiff.config import ConfigError
 from raydiff.core.learner import Metrics, require_finite
 from raydiff.core.policy import NonFiniteReward, Policy, RewardFailed
 from raydiff.core.rollouts import Rollouts
+from raydiff.data.pieces import PairsError
 from raydiff.distributed.storage import StorageError
 from raydiff.distributed.weights import SyncError
 
 T = TypeVar("T")
 
 PLAIN: dict[str, Callable[[str], Exception]] = {
-    kind.__name__: kind for kind in (ConfigError, FloatingPointError, NonFiniteReward, RewardFailed, StorageError, SyncError)
+    kind.__name__: kind
+    for kind in (ConfigError, FloatingPointError, NonFiniteReward, PairsError, RewardFailed, StorageError, SyncError)
 }
 """Errors whose message says all that a user needs; of any other the traceback is shown."""
 
