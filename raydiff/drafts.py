@@ -5,6 +5,7 @@ A draft's name starts with "." and says which process writes it, so that no two 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import secrets
@@ -19,6 +20,7 @@ ENDING = ".draft"
 # Containers of one host name may number their processes apart
 _HOST = re.sub(r"[^A-Za-z0-9]+", "-", socket.gethostname() + os.path.realpath("/proc/self/ns/pid").rpartition("pid:")[2])
 _WRITER = re.compile(rf"\..+\.(?P<host>[A-Za-z0-9-]+)_(?P<pid>\d+)_[0-9a-f]+{re.escape(ENDING)}")
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 _OLD = 24 * 3600.0  # seconds after which a draft of another host, whose processes cannot be seen, is taken for left
 
 
@@ -80,9 +82,9 @@ def create(file: Path, data: bytes) -> bool:
 def replacing_folder(folder: Path, last: str) -> Iterator[Path]:
     """An empty folder to write to, which takes the place of `folder` at the end, and is gone after a fault.
 
-    Who dies over it leaves the old folder, the new one, or, between two renames, none. A folder that holds other files beside
-    keeps them, and one that is mounted, or the working directory, stays itself: then each file is replaced by itself, the file
-    `last`, which vouches for the others, being gone before and coming after them.
+    Who dies over it leaves the old folder or the new one; where two cannot be exchanged, between two renames, none. A folder
+    that holds other files beside keeps them, and one that is mounted, or the working directory, stays itself: then each file is
+    replaced by itself, the file `last`, which vouches for the others, being gone before and coming after them.
     """
     folder = folder.resolve()
     beside = not folder.exists() or _may_move(folder)
@@ -104,6 +106,8 @@ def _may_move(folder: Path) -> bool:
 
 
 def _swap(draft: Path, folder: Path, old: Path) -> None:
+    if folder.is_dir() and _exchanged(draft, folder):
+        return
     if folder.is_dir():
         os.rename(folder, old)
     try:
@@ -112,6 +116,13 @@ def _swap(draft: Path, folder: Path, old: Path) -> None:
         if old.is_dir():
             os.rename(old, folder)
         raise
+
+
+def _exchanged(a: Path, b: Path) -> bool:
+    """Give each of two paths what the other names, in one step. Returns False where that cannot be: only Linux can, on most of
+    its filesystems."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None)
+    return call is not None and call(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _EXCHANGE) == 0
 
 
 def _replace_each(draft: Path, folder: Path, last: str) -> None:

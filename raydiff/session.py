@@ -178,12 +178,23 @@ class Session:
         return Rollouts(prompts, seeds, points.unflatten(0, seeds.shape), kept, log_probs=log_probs)
 
     def read(self, step: int, m: int) -> Rollouts:
-        """Micro-batch m of an update of labelled pairs, as rollouts of two attempts that cost no sampling."""
+        """Micro-batch m of an update of labelled pairs, as rollouts of two attempts that cost no sampling. Collective.
+
+        Raises PairsError, on all workers, for a record that has changed; OSError, on this one, for a disk that does not answer,
+        which may pass.
+        """
         assert self.pairs is not None, "call prepare() first"
         size = self.run.batch.micro
         rows, base = zip(*slots(self.run, len(self.pairs), step)[m * size : (m + 1) * size], strict=True)
         seeds = torch.tensor([[mix(seed, side) for side in (0, 1)] for seed in base])
-        latents, labels, prompts = self.pairs.read(rows, seeds)
+        away: OSError | None = None
+        with self.agreed():
+            try:
+                latents, labels, prompts = self.pairs.read(rows, seeds)
+            except OSError as error:
+                away = error
+        if away:
+            raise away
         kept = (self.policy.schedule.steps,)
         return Rollouts(
             prompts, seeds, latents[:, :, None].to(self.model.device), kept, {"total": labels.to(self.model.device)}

@@ -16,6 +16,7 @@ from PIL import Image
 from raydiff import cli
 from raydiff.bench.settings import FILE
 from raydiff.config import Run
+from raydiff.core.policy import Calls
 from tests.tiny import make_adapter, make_pipeline
 
 Call = Callable[..., tuple[int, str, str]]
@@ -317,3 +318,22 @@ def test_a_name_that_no_metric_can_have_is_refused_before_an_override_splits_it(
     with pytest.raises(SystemExit):
         cli.main(["evaluate", RECIPE, "--adapter", "x", "--reward", "a.b=clip"])
     assert "'a.b' cannot be a reward's name" in capsys.readouterr().err
+
+
+def test_log_tells_what_mlflow_refuses_for_good(tiny_run: Callable[..., Run], tmp_path: Path) -> None:
+    """A metric of a name that MLflow does not take, and one that it does."""
+    from raydiff.distributed import checkpoint
+    from raydiff.distributed.storage import Folder
+
+    run, folder = tiny_run(changes={"storage": str(tmp_path)}), tmp_path / "tiny-1"
+    checkpoint.save(
+        Folder(folder), [], run=run, next_step=1, calls=Calls(), seconds=1.0,
+        history=[{"step": 1.0, "seconds": 1.0, "loss": 0.5, "a/../b": 1.0}],
+    )  # fmt: skip
+    (folder / "run.json").write_text(run.model_dump_json())
+    done = subprocess.run([sys.executable, "-m", "raydiff.cli", "log", str(folder)], capture_output=True, text=True)
+    out, err = done.stdout, done.stderr
+    assert done.returncode == 0, err
+    first, last = out.splitlines()
+    assert first.startswith("MLflow refuses 'a/../b' for good, and it is left out: ") and last.startswith("MLflow: sqlite:")
+    assert "refuses" not in err  # once

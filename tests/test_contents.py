@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from raydiff import assets, contents, generate
-from raydiff.config import ConfigError, Run, Sampler
+from raydiff.config import ConfigError, Run, Sampler, override
 from raydiff.contents import Contents
 from raydiff.distributed import launch, run_folder
 from raydiff.distributed.storage import Folder
+from raydiff.distributed.sweep import _Reporting, check_loaded
 from raydiff.local import fit
 from raydiff.models.stable_diffusion import Plugin
 from raydiff.session import Session
@@ -368,3 +370,30 @@ def test_what_a_driver_cannot_tell_is_left_to_who_loads(whole: MakeRun, files: P
     (refs / "main").write_text("b" * 40)
     with pytest.raises(ConfigError, match=r"model\.path: aaaaaaaaaaaa then, bbbbbbbbbbbb now"):
         held.check(run, ["model", "rewards.dark"])
+
+
+def test_a_trial_that_loads_another_commit_is_ended(tiny_run: MakeRun, tmp_path: Path) -> None:
+    """Of a hub id that the driver has not cached. Another rank of the same model is compared, another model is not."""
+    base = tiny_run(changes={"model.path": "someone/model", "storage": str(tmp_path)})
+    other = override(base, {"model.path": "someone/else"})
+    began = Contents({name: d for name, d in Contents.of(tiny_run()).digests.items() if name.startswith("prompts")})
+    storage = Folder(tmp_path)
+    (tmp_path / "tune").mkdir()
+    for name, run, commit in (
+        ("a", base, "1" * 40), ("b", override(base, {"model.lora.rank": 3}), "1" * 40), ("c", other, "2" * 40), ("d", base, "2" * 40),
+    ):  # fmt: skip
+        run_folder.begin(run, storage / name, began.joined({"model.path": commit}))
+        (tmp_path / name / "checkpoint_000001").mkdir()
+        check = partial(check_loaded, storage, name, run, began)
+        reporting = _Reporting(None, 1, check)  # type: ignore[arg-type]  # no evaluation is reported here
+        if name == "d":
+            with pytest.raises(
+                ConfigError, match=r"trial d has loaded something else than trial a: .*\n  model\.path = someone/model"
+            ):
+                reporting.row({"step": 0})
+        else:
+            reporting.row({"step": 0})
+            reporting.row({"step": 1})
+    held = run_folder.recorded(storage / "d")
+    assert held is not None and held.digests == {**began.digests, "model.path": "1" * 40}  # what it must load when resumed
+    assert (tmp_path / "a/checkpoint_000001").exists() and not (tmp_path / "d/checkpoint_000001").exists()

@@ -236,13 +236,17 @@ class Latents:
         return latents, torch.stack([labels, 1 - labels], 1), tuple(self.prompts[row].as_py() for row in rows)
 
     def _record(self, row: int) -> Tensor:
-        with self.data[self.piece[row]].open("rb", buffering=0) as file:
-            file.seek(int(self.place[row]) * self.size)
-            read = file.read(self.size)
+        path = self.data[self.piece[row]]
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(int(self.place[row]) * self.size)
+                read = file.read(self.size)
+        except FileNotFoundError:
+            raise PairsError(f"pairs.cache: {path} is gone; delete its folder, and it is made anew") from None
         if len(read) < self.size:
-            raise PairsError(f"pairs.cache: {self.data[self.piece[row]]} is cut short; delete its folder, and it is made anew")
+            raise PairsError(f"pairs.cache: {path} is cut short; delete its folder, and it is made anew")
         if hashlib.sha256(read).digest() != self.digests[row].as_py():
-            raise self._changed(self.data[self.piece[row]])
+            raise self._changed(path)
         return torch.from_numpy(np.frombuffer(bytearray(read), np.float32).reshape(self.shape))
 
     def _changed(self, file: Path) -> PairsError:

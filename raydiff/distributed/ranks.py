@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from raydiff.config import ConfigError
 from raydiff.core.policy import NonFiniteReward, RewardFailed
+from raydiff.data.pieces import PairsError
 from raydiff.distributed.storage import StorageError
 from raydiff.distributed.weights import SyncError
 
@@ -29,7 +30,16 @@ class PoolLost(RuntimeError):
 
 PLAIN: dict[str, Callable[[str], Exception]] = {
     kind.__name__: kind
-    for kind in (ConfigError, FloatingPointError, NonFiniteReward, PoolLost, RewardFailed, StorageError, SyncError)
+    for kind in (
+        ConfigError,
+        FloatingPointError,
+        NonFiniteReward,
+        PairsError,
+        PoolLost,
+        RewardFailed,
+        StorageError,
+        SyncError,
+    )
 }
 """Errors whose message says all that a user needs; of any other the traceback is shown."""
 

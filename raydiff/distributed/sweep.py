@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -228,7 +228,38 @@ def _drive(config: dict[str, Any], job: dict[str, str]) -> None:
     run = sweep.run(_values(config) | {"name": name, "storage": job["storage"], "tracking.uri": job["uri"]})
     tags = {"mlflow.parentRunId": job["parent"], "ray.trial_id": name}
     first = Contents.load(job["contents"]).at_place(run)
-    launch.trial(run, name, tags, _Reporting(sweep, run.train.updates), first)
+    sweep_folder = Folder(job["storage"])
+    reporting = _Reporting(sweep, run.train.updates, lambda: check_loaded(sweep_folder, name, run, first))
+    launch.trial(run, name, tags, reporting, first)
+
+
+def check_loaded(sweep_folder: Folder, name: str, run: Run, started: Contents) -> None:
+    """Raise ConfigError when a trial has loaded something else than another one, of what was unknown when the sweep `started`,
+    as the commit of a hub id.
+
+    Each trial has written down what it loaded before it looks at the others', so of two one sees the other. It is then held to
+    what the other has, from its first update, when the sweep is resumed.
+    """
+
+    def digests(place: Folder) -> dict[str, str]:
+        return (run_folder.recorded(place) or Contents({})).digests
+
+    def loaded(place: Folder, ran: Run) -> Contents:
+        return Contents(Contents({k: d for k, d in digests(place).items() if k not in started.digests}).by_place(ran))
+
+    folder = sweep_folder / name
+    mine = loaded(folder, run)
+    for other in sweep_folder.folders() if mine.digests else ():
+        if other == name or (ran := run_folder.recorded_run(sweep_folder / other)) is None:
+            continue
+        theirs = loaded(sweep_folder / other, Run.model_validate(ran))
+        try:
+            theirs.compare(mine.digests)
+        except ConfigError as error:
+            for part in folder.folders():
+                folder.delete(part)
+            folder.write(contents.FILE, theirs.at_place(run).joined(digests(folder)).dump().encode())
+            raise ConfigError(f"trial {name} has loaded something else than trial {other}: {error}") from None
 
 
 def _values(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,9 +270,10 @@ def _values(config: Mapping[str, Any]) -> dict[str, Any]:
 class _Reporting(Progress):
     """Hands evaluations to Tune, which may end the trial there."""
 
-    def __init__(self, sweep: Sweep, updates: int) -> None:
+    def __init__(self, sweep: Sweep, updates: int, check: Callable[[], None]) -> None:
+        """`check` is called once, when the trial has loaded all that it needs."""
         super().__init__(updates)
-        self.sweep = sweep
+        self.sweep, self.check = sweep, check
 
     def attach(self, board: Any) -> None:
         self.board = board
@@ -250,6 +282,8 @@ class _Reporting(Progress):
         import ray
         from ray import tune
 
+        self.check()
+        self.check = lambda: None
         if "held_out/total" in row:
             # A trial that is ended there logs nothing more; a board that is away logs it all when it is back.
             ray.wait([self.board.settle.remote(_SETTLE)], timeout=2 * _SETTLE)

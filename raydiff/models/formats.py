@@ -4,6 +4,7 @@ folder is refused."""
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,8 @@ def networks(folder: Path) -> dict[str, Any]:
 
 
 def unet_of(config: Mapping[str, Any]) -> Any:
-    """The UNet of a config, on the device in whose context this is called. Raises ValueError for what is not supported."""
+    """The UNet of a config, as a pipeline has it, on the device in whose context this is called. Raises ValueError for what is
+    not supported."""
     from diffusers import UNet2DConditionModel
 
     _check_class("unet", config, UNet2DConditionModel)
@@ -150,9 +152,11 @@ def unet_of(config: Mapping[str, Any]) -> Any:
             f"unet/config.json: sample_size = {size!r} is not supported: it must be one number, as latents are square"
         )
     try:
-        return UNet2DConditionModel.from_config(config)
+        unet = UNet2DConditionModel.from_config(config)
+        _correct(unet=unet)
     except (TypeError, ValueError) as error:
         raise ValueError(f"unet/config.json is no UNet2DConditionModel's: {error}") from None
+    return unet
 
 
 def check_unet(folder: Path, base: Any) -> None:
@@ -172,7 +176,8 @@ def check_unet(folder: Path, base: Any) -> None:
 
 
 def scheduler_config(folder: Path) -> dict[str, Any]:
-    """The scheduler's config, its class's defaults filled in. Raises ValueError unless its betas, or shift, say the process."""
+    """The scheduler's config as a pipeline has it, defaults filled in. Raises ValueError unless its betas, or shift, say the
+    process."""
     import diffusers
 
     file = folder / "scheduler" / "scheduler_config.json"
@@ -185,11 +190,26 @@ def scheduler_config(folder: Path) -> dict[str, Any]:
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in _parameters(scheduler_class):
         raise ValueError(f"{_short(file)}: rescale_betas_zero_snr = true has no meaning for a {kind}")
     try:
-        filled = dict(scheduler_class.from_config(config).config)
+        scheduler = scheduler_class.from_config(config)
+        _correct(scheduler=scheduler)
+        filled = dict(scheduler.config)
         Schedule.from_config(filled, 1, spacing=None if is_flow(filled) else "leading")
     except (IndexError, TypeError, ValueError, NotImplementedError, ImportError) as error:
         raise ValueError(f"{_short(file)}: {error}") from None
     return filled
+
+
+def _correct(unet: Any = None, scheduler: Any = None) -> None:
+    """Change the configs of parts as diffusers' pipeline does with those of old folders when it is put together: `sample_size`
+    below 64, of a UNet from before 0.9, becomes 64, and a scheduler's `steps_offset` 1."""
+    from diffusers import StableDiffusionPipeline
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the pipeline that is trained warns
+        StableDiffusionPipeline(
+            vae=None, text_encoder=None, tokenizer=None, unet=unet, scheduler=scheduler, safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
 
 
 def _check_class(part: str, config: Mapping[str, Any], model_class: Any) -> None:

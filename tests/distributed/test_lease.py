@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from raydiff.config import ConfigError, Run
 from raydiff.distributed import launch, lease
+from raydiff.distributed.learn import Worker
 from raydiff.distributed.lease import FILE, Lease
+from raydiff.distributed.ranks import Ranks, Refused
 from raydiff.distributed.storage import Folder
 from tests.distributed.test_whole import elsewhere
 
@@ -111,6 +114,48 @@ def test_a_driver_that_hangs_is_waited_for_and_finds_out_when_it_wakes(start: St
         told.send(None)
         process.join()
         lease.require(mine.folder, mine.token)  # it has not taken it back, or removed it
+
+
+def work(rank: int, where: str, store: str, token: str, told: Any) -> None:
+    """One of two workers that look whether their driver still holds the folder, each time they are asked."""
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    worker = Worker.__new__(Worker)  # of which only these are looked at
+    worker.ranks, worker.folder, worker.token = Ranks(60), Folder(where), token
+    while told.recv():
+        try:
+            worker.require_folder()
+            told.send("")
+        except Refused as refused:
+            told.send((refused.kind, refused.message))
+
+
+def test_all_workers_end_when_another_driver_has_taken_their_run_over(tmp_path: Path) -> None:
+    """Rank 0 looks, and the other must not wait for it for ever."""
+    ends = []
+    with Lease(Folder(tmp_path / "run")) as mine:
+        mine.take()
+        for rank in range(2):
+            ours, theirs = CONTEXT.Pipe()
+            arguments = (rank, str(tmp_path / "run"), f"file://{tmp_path}/store", mine.token, theirs)
+            CONTEXT.Process(target=work, args=arguments, daemon=True).start()
+            ends.append(ours)
+
+        def asked() -> list[Any]:
+            for end in ends:
+                end.send(True)
+            return [end.recv() for end in ends]
+
+        assert asked() == ["", ""]
+        record = json.loads((tmp_path / "run" / FILE).read_text())
+        (tmp_path / "run" / FILE).write_text(json.dumps(record | {"token": "another", "pid": 4321}))
+        first, second = asked()
+    assert first == second
+    assert (
+        first[0] == "ConfigError" and "process 4321 on" in first[1] and "has taken this run over, and it ends here" in first[1]
+    )
+    assert isinstance(Refused(*first).error(), ConfigError)
+    for end in ends:
+        end.send(False)
 
 
 def test_a_host_that_cannot_be_seen_is_waited_for(tmp_path: Path) -> None:

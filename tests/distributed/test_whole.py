@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,6 +121,29 @@ def test_a_folder_that_holds_more_keeps_it(tmp_path: Path) -> None:
     (tmp_path / "adapter_best" / "notes.txt").write_text("mine")
     there = sum(check_adapter(tmp_path) for _ in killed(export, tmp_path, 20))
     assert there and (tmp_path / "adapter_best" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two folders")
+@pytest.mark.parametrize("write", [upload, export])
+def test_a_folder_that_is_replaced_is_never_missing(tmp_path: Path, write: Callable[[str, int], None]) -> None:
+    """Watched all the time, by its name, while it is replaced again and again."""
+    (tmp_path / "scratch").mkdir()
+    fill(tmp_path / "scratch", 0)
+    write(str(tmp_path), 0)
+    context = multiprocessing.get_context("forkserver")
+    listener, started = context.Pipe(duplex=False)
+    process = context.Process(target=loop, args=(write, str(tmp_path), started))
+    process.start()
+    listener.recv()
+    folder, seen, missing, end = str(tmp_path / "adapter_best"), set(), 0, time.monotonic() + 3
+    while time.monotonic() < end:
+        try:
+            seen.add(os.stat(folder).st_mtime_ns)
+        except FileNotFoundError:
+            missing += 1
+    process.kill()
+    process.join()
+    assert missing == 0 and len(seen) > 10
 
 
 @pytest.mark.parametrize("write", [write_json, upload, upload_elsewhere, export])

@@ -320,3 +320,30 @@ def test_a_snapshot_in_the_cache_is_checked_as_a_folder(hub: None, tiny_pipeline
     rewrite(snapshot, TEXT, without("mlp"))
     with pytest.raises(ValueError, match="lack encoder.layers.0.mlp"):
         Plugin(path="some/cached").preflight()
+
+
+@pytest.mark.parametrize(("version", "size"), [("0.6.0", 8), ("0.8.1", 32), ("0.9.0", 8), (None, 8)])
+def test_an_old_folder_is_what_the_pipeline_makes_of_it(
+    tiny_pipeline: Path, tmp_path: Path, version: str | None, size: int
+) -> None:
+    """What is trained, what plan measures and what a fine-tuned unet is compared with have the plain pipeline's size and grid."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "old")
+    unet = json.loads((folder / "unet/config.json").read_text()) | {"sample_size": size, "_diffusers_version": version}
+    scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text()) | {"steps_offset": 0}
+    (folder / "unet/config.json").write_text(json.dumps({k: v for k, v in unet.items() if v is not None}))
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+    plain = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    expected = (4, plain.unet.config.sample_size, plain.unet.config.sample_size)
+    assert expected[1] == (64 if version in ("0.6.0", "0.8.1") else size)
+    plugin = Plugin(path=str(folder), train="full")
+    plugin.preflight()
+    skeleton, model = plugin.skeleton(folder), plugin.build()
+    assert skeleton.latent_shape == model.latent_shape == expected
+    assert skeleton.picture_size == model.picture_size == expected[1] * plain.vae_scale_factor
+    steps = DDIMScheduler.from_config(plain.scheduler.config)
+    steps.set_timesteps(4)
+    for ours in (skeleton, model):
+        assert ours.schedule(4, "leading").times.tolist() == steps.timesteps.tolist()
+    formats.check_unet(folder / "unet", model.denoiser)
