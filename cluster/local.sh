@@ -2,7 +2,7 @@
 # A Ray cluster of four nodes on this machine: a head, and one node for each pool, labelled as on a real cluster.
 #
 # GPUs: none; the nodes declare CPUs, which Ray only counts. To try labels, jobs and authentication before they cost money.
-# Cost: four times Ray's own processes, about 3 GB of memory; no GPU, no network beyond 127.0.0.1.
+# Cost: four times Ray's own processes, about 3 GB of memory; no GPU. Ray listens on every interface, and asks for the token.
 # Sized for: jobs/recipes/emoji_draft_lv_pools.toml, with pools.train.labels.raydiff-pool=train and so on, or without labels.
 # To edit: nothing; the options below.
 #

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from raydiff import credentials
 from raydiff.config import ConfigError
@@ -23,11 +26,12 @@ _ENVIRONMENT = {
 
 
 def start(dashboard: bool = False) -> None:
-    """Connect to the cluster that RAY_ADDRESS names, or start a local one, unless that is done.
+    """Connect to the cluster that RAY_ADDRESS names, or start a local one, guarded by a token, unless that is done.
 
     `dashboard`: a local one answers the state API, which frees what a sweep's stopped trials leave.
     Raises ConfigError when that cluster does not let us in.
     """
+    _guard()
     import ray
 
     for name, value in _ENVIRONMENT.items():
@@ -43,6 +47,19 @@ def start(dashboard: bool = False) -> None:
                 f"RAY_ADDRESS = {address!r}: {error}. Either no head listens there, or it wants a token, as `ray start` makes"
                 " it: set RAY_AUTH_MODE=token, and give this machine the head's ~/.ray/auth_token"
             ) from None
+
+
+def _guard() -> None:
+    """Let a Ray that is started here, which listens on every interface of the machine, ask for a token.
+
+    Ray reads the mode when it is imported: who has done that before has chosen.
+    """
+    if "ray" in sys.modules or os.environ.get("RAY_ADDRESS") or "RAY_AUTH_MODE" in os.environ:
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    given = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    if not given and not Path("~/.ray/auth_token").expanduser().exists():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # else Ray makes that file, for all to read
 
 
 def check_fits(faults: Callable[[list[Node]], list[str]], patience: float = _PATIENCE) -> None:

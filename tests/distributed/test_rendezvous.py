@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -120,3 +122,40 @@ def test_ray_train_meets_there(cluster: str, tmp_path: Path) -> None:
     assert [one["rank"] for one in found["told"]] == [0, 1]
     at = [[(host, port) for host, port in one["at"] if 29800 <= port <= 29899] for one in found["told"]]
     assert [{host for host, _ in one} for one in at] == [{found["host"]}, set()]
+
+
+ENTER = "import sys, ray; ray.init(address=sys.argv[1], logging_level='ERROR', log_to_driver=False); print('entered')"
+
+
+@pytest.mark.ray
+def test_a_ray_that_is_started_here_asks_for_a_token(tmp_path: Path) -> None:
+    code = "from raydiff.distributed import cluster; cluster.start(); import ray; print(ray.get(ray.put('works')))"
+    code += "; print(ray.get_runtime_context().gcs_address, flush=True); input()"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_AUTH", "RAY_ADDRESS"))} | {
+        "HOME": str(tmp_path)
+    }
+    started = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert started.stdout is not None
+        assert started.stdout.readline() == "works\n"
+        address = started.stdout.readline().strip()
+        quick = environment | {"RAY_NUM_REDIS_GET_RETRIES": "2"}  # Ray asks again, a second each time
+        strangers = [
+            subprocess.Popen(
+                [sys.executable, "-c", ENTER, address],
+                env=quick | given,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            for given in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64})
+        ]
+        for stranger in strangers:
+            told, error = stranger.communicate(timeout=120)
+            assert (stranger.returncode != 0, told) == (True, "")
+            assert "InvalidAuthToken" in error
+    finally:
+        started.communicate("\n", timeout=60)
+    assert not (tmp_path / ".ray/auth_token").exists()
