@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 export RAY_worker_niceness ?= 0
 
-.PHONY: demo test test-unit test-all soak lint embedded-model
+.PHONY: demo test test-unit test-all soak lint docs embedded-model
 
 demo: $(INSTALLED)
 	$(BIN)/raydiff train jobs/recipes/emoji_draft_lv.toml
@@ -27,6 +27,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages of docs/ as a site, in site/. A link that leads nowhere is an error.
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/mkdocs build --strict
 
 # Makes the embedded model anew from its source packages: hours on two cores. Goes on where it stopped.
 embedded-model: $(INSTALLED)

@@ -47,7 +47,7 @@ RowsPerFile = Annotated[int | None, typer.Option(min=1, help="Default: 256.", ri
 MaxBadRows = Annotated[
     int | None, typer.Option(min=0, help="Rows that may be left out before it stops; default: 100.", rich_help_panel="On Ray")
 ]
-Split = Annotated[str | None, typer.Option(metavar="NAME", help='Of a folder of several splits: one, or "all".')]
+Split = Annotated[str | None, typer.Option(metavar="NAME", help='Split to use of a folder with several, or "all".')]
 _EXTRA = ("ray", "deepspeed", "mlflow", "pyarrow", "matplotlib")  # of the extra "jobs"
 
 
@@ -132,7 +132,7 @@ def generate(
     batch: Annotated[int, typer.Option(min=1, help="Pictures sampled at once.")] = 8,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
-    ray: Annotated[bool, typer.Option("--ray", help="Draw on a Ray cluster; for a .parquet it goes without saying.")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Draw on a Ray cluster; a .parquet always is.")] = False,
     replicas: Replicas = None,
     num_gpus: NumGpus = None,
     num_cpus: NumCpus = None,

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Make datasets of labelled pairs, and encode them before training.", no_args_is_help=True)
 
-To = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the pairs go; the same command goes on with it.")]
+To = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the pairs go; the same command continues it.")]
 MaxBadRows = Annotated[int, typer.Option(min=0, help="Rows that may be left out before it stops.")]
 Margin = Annotated[float, typer.Option(min=0, help="Rewards that differ by no more are a tie; ties are dropped.")]
-Split = Annotated[str | None, typer.Option(metavar="NAME", help='Of a folder of several splits: one, or "all".')]
+Split = Annotated[str | None, typer.Option(metavar="NAME", help='Split to use of a folder with several, or "all".')]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A run file: TOML, or the run.json of an earlier run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="PATH=VALUE...", help="Fields to set anew.")]
 Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one.")]
@@ -58,7 +58,7 @@ class Rule(StrEnum):
     pareto = "pareto"
 
 
-Pairs = Annotated[Which, typer.Option(help="A prompt's best picture against its worst, or each two.")]
+Pairs = Annotated[Which, typer.Option(help="A prompt's best picture against its worst, or every two.")]
 Rules = Annotated[Rule, typer.Option(help="The larger number wins; or no reward smaller and one larger, else a tie.")]
 
 

@@ -255,10 +255,10 @@ class Generation(Config):
 
     where: Literal["learner", "pool"] = "learner"
     """Whether each training worker samples for itself, or the pool of `[pools.generate]` does, while the learner trains.
-    With the DRaFT family the pool walks to the point where the gradient starts and the learner takes it from there."""
+    With the DRaFT family the pool samples up to the step where the gradient starts, and the learner continues from there."""
     max_staleness: int = Field(1, ge=0)
-    """Updates that the weights of a sample from the pool may lag behind those it trains: a strict bound. 0 is on-policy, and
-    the pool idles while the learner trains."""
+    """Strict bound on the updates by which a sample's weights may be older than the weights that it trains. 0 is on-policy:
+    the pool then idles while the learner trains."""
 
 
 class Pool(Config):
@@ -282,8 +282,8 @@ class Pool(Config):
 
 class TrainPool(Pool):
     min_replicas: int | None = Field(None, ge=1)
-    """When nodes are lost, the fewest workers that go on without them, each with more micro-batches for the same batch. None:
-    wait for new nodes."""
+    """The fewest workers that continue when nodes are lost. Each then takes more micro-batches, so that the batch stays the
+    same. None: wait for new nodes."""
     ports: tuple[int, int] = (29500, 29599)
     """First and last of the ports at which a node takes the workers' first connection, one for each run there. They pass
     messages at ports that the kernel picks. Both only on the node's address in the cluster: see docs/clusters.md."""
@@ -326,16 +326,18 @@ class Pairs(Config):
     path: InputPath | None = None
     """Parquet file, or folder of them, in the schema of raydiff.data.preferences; `raydiff pairs` makes one."""
     split: str | None = None
-    """Split of `path`, where that is a data folder of several as Hugging Face lays them out, e.g. "train"; "all" for all."""
+    """Split to use where `path` is a folder of several splits in Hugging Face's layout, e.g. "train"; "all" for all."""
     outside: bool = False
-    """Whether pictures that are given by path may lie anywhere; else only below the dataset's folder, links followed."""
+    """Whether pictures that are given by path may lie anywhere. Otherwise they must lie below the dataset's folder, also where
+    a link leads there."""
     max_bad_rows: int = Field(100, ge=0)
-    """Rows that may be left out, as a broken or too small picture, before training is refused; a file lists them."""
+    """Rows that may be left out, for a broken or too small picture, before training is refused. A file lists them."""
     enlarge: bool = False
     """Scale pictures up that are smaller than the model's, in place of leaving their rows out. Larger ones are always scaled
     down, the shorter side to the model's size, and cut from the centre."""
     flip: bool = False
-    """Mirror half of the pairs, both sides alike, drawn anew each time a pair comes; the cache of latents is twice as large."""
+    """Mirror half of the pairs, both pictures alike, chosen anew each time a pair is used. The cache of latents is twice as
+    large."""
     cache: str | None = None
     """Folder for the latents, on a disk that every worker sees; None: `path` with ".latents" behind it."""
 
@@ -350,8 +352,8 @@ class Sampler(Config):
     eta: float = Field(0.0, ge=0, le=1)
     """0 = DDIM, deterministic; 1 = DDPM's posterior noise."""
     spacing: Literal["leading", "trailing", "linspace"] | None = "trailing"
-    """Where the grid's points stand; None takes the model's own. On Stable Diffusion's usual leading grid the last step is so
-    small that a DRaFT-1 gradient is an eleventh of the one here."""
+    """How the grid's points are spaced; None takes the model's own. On Stable Diffusion's usual leading grid the last step is
+    so small that a DRaFT-1 gradient is an eleventh of the one here."""
     final_alpha: float | None = Field(1.0, gt=0, le=1)
     """alpha-bar at the clean end; None takes the model's own. 1 makes the last step land on x0_hat."""
     detach_negative: bool = False
@@ -431,11 +433,12 @@ class Train(Config):
     max_failures: int = Field(3, ge=0)
     """Restarts after a lost worker before the run gives up."""
     timeout: float = Field(1800.0, ge=1)
-    """Seconds that workers wait for each other before all are started again: a hung one does not hold the run for ever. Longer
-    than the longest checkpoint takes rank 0."""
+    """Seconds that workers wait for each other before all are restarted, so that a hung worker does not stop the run forever.
+    Must exceed the time rank 0 needs to write a checkpoint."""
     zero_gradient: Literal["refuse", "accept"] = "refuse"
-    """What to do with an update whose whole gradient is exactly 0 though its samples differ: end the run, as numbers too small
-    for `model.dtype` and rewards that depend on nothing look like that; or go on, as where every pair is beyond the clip."""
+    """What to do with an update whose whole gradient is exactly 0 though its samples differ. "refuse" ends the run: numbers too
+    small for `model.dtype` and rewards that depend on nothing look like that. "accept" continues: every pair may be beyond the
+    clip."""
     gradient_checkpointing: bool = True
     """Recompute activations step by step in the backward pass: memory flat in K for about a third more compute."""
 
@@ -465,8 +468,9 @@ class Evaluate(Config):
     """held_out/NAME, whose highest value after an update marks the weights that are kept as adapter_best. None: the first of
     `rewards`, else held_out/total."""
     drift_images: int = Field(8, ge=0)
-    """Of the pictures, how many are the fixed probe of how far training has moved from the base model, the metrics `drift` and
-    `latent_norm`: four denoiser calls each an evaluation, and one walk of the base model. 0 turns it off."""
+    """How many of the pictures form the fixed probe for the metrics `drift` and `latent_norm`, which measure how far training
+    has moved from the base model. Each costs four denoiser calls at every evaluation, and is sampled once by the base model.
+    0 turns it off."""
     clip: InputPath | None = "embedded"
     """CLIP whose image embeddings measure `diversity`, the mean cosine distance of the pictures' pairs: "embedded", a folder or
     a hub id. A field of its own, as rewards may live in a pool and need not be a CLIP. None turns it off."""
@@ -524,8 +528,8 @@ class Run(Config):
     model: ModelField
     method: MethodField
     rewards: Rewards
-    """What training samples are scored by. With `method.source = "dataset"` labels decide, these are only evaluated, and there
-    may be none."""
+    """What scores the training samples. With `method.source = "dataset"` labels decide instead: these rewards are then only
+    evaluated, and there may be none."""
     prompts: Prompts = Prompts()
     pairs: Pairs = Pairs()
     sampler: Sampler = Sampler()

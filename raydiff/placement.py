@@ -1,6 +1,6 @@
 """Where a run's processes go: what each pool claims, and whether a machine or a cluster has room for all of them.
 
-Ray waits for ever for a place that does not exist, so this is asked before anything starts.
+raydiff checks this before anything starts; Ray itself would wait forever.
 """
 
 from __future__ import annotations

@@ -242,11 +242,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
 
 
 def _check_beta(run: Run, space: Mapping[str, Axis]) -> None:
-    """Raise ConfigError for a β far from what it is in its method: the same word is another number in each."""
+    """Raise ConfigError for a β that is usual for one method but not for the run's own."""
     usual, beta = run.method.usual_beta, getattr(run.method, "beta", None)
     if usual is None or beta is None or not any(path == "method" or path.startswith("method.") for path in space):
         return
     if not usual.low <= beta <= usual.high:
         raise ConfigError(
-            f"method.beta = {beta:g} is outside {usual.low:g} to {usual.high:g}; in {run.method.kind} it is {usual.meaning}"
+            f"method.beta = {beta:g} is not usual for {run.method.kind}, where it is {usual.meaning}:"
+            f" set it between {usual.low:g} and {usual.high:g}"
         )

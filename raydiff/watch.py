@@ -67,13 +67,13 @@ def due(run: Run, done: int) -> bool:
 
 
 def require_learning(run: Run, rows: Sequence[Row]) -> None:
-    """Raise FloatingPointError while no update has had a gradient, as its samples were all alike to the method; unless
-    `train.zero_gradient` accepts it."""
+    """Raise FloatingPointError while every update's gradient has been 0, as the method saw no difference between its samples;
+    unless `train.zero_gradient` accepts it."""
     updates = [row for row in rows if row["step"] > 0]
     if run.train.zero_gradient == "refuse" and updates and all(row.get("grad_norm") == 0 for row in updates):
         raise FloatingPointError(
-            f"after update {updates[-1]['step']:g} no gradient has been other than 0: the rewards, or labels, tell no sample"
-            " from another, so that all pairs are ties and all advantages 0; look at the rewards, raise method.attempts, or"
+            f"every gradient up to update {updates[-1]['step']:g} was exactly 0: the rewards, or labels, do not distinguish the"
+            " samples, so that all pairs are ties and all advantages 0; look at the rewards, raise method.attempts, or"
             ' set train.zero_gradient to "accept"'
         )
 

@@ -30,7 +30,10 @@ from tests.data import shards
 from tests.tiny import make_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+# The pages in the order of mkdocs.yml, in which a reader meets them.
+PAGES = [DOCS / page for page in re.findall(r"\w+\.md", (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2])]
+DOCUMENTS = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *PAGES]
 PROGRAMS = ("raydiff", "make", "ray", "cluster/local.sh", "kubectl", "docker", "chmod", "export")
 
 
@@ -75,6 +78,60 @@ def test_commands_are_understood(command: Command) -> None:
     for word in words:
         if word.startswith(("jobs/", "cluster/", "benchmarks/", "docs/")) and "=" not in word:
             assert (ROOT / word).is_file(), f"{command.document}: {word}"
+
+
+def test_every_page_is_in_the_site() -> None:
+    assert sorted(PAGES) == sorted(DOCS.glob("*.md"))
+
+
+def links(document: Path) -> list[str]:
+    """Where the links and pictures of a document lead, outside of code."""
+    text = re.sub(r"^```.*?^```$|`[^`\n]*`", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"\]\(([^)\s]*)\)", text) + re.findall(r"(?:href|src)=\"([^\"]*)\"", text)
+
+
+def anchors(document: Path) -> set[str]:
+    """The headings of a page as GitHub and mkdocs name them in a link."""
+    text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def broken(document: Path, site: Path | None = None) -> list[str]:
+    """The relative links of a document that lead nowhere. `site`: they must also stay in this folder."""
+    found = []
+    for link in links(document):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        inside = site is None or target.is_relative_to(site)
+        if not target.exists() or not inside or (anchor and anchor not in anchors(target)):
+            found.append(link)
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    """A page of docs/ links to what the site has: a file elsewhere in the repository is named by its path."""
+    assert not (wrong := broken(document, DOCS if document.parent == DOCS else None)), wrong
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
+    (tmp_path / "there.md").write_text("# A win rate, measured\n\n```\n# no heading\n```\n")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Page\n[a](there.md) [b](there.md#a-win-rate-measured) [c](#page) [d](https://elsewhere) `[e](code.md)`\n"
+        "[f](gone.md) [g](there.md#no-heading) [h](#gone) ![i](gone.png) [j](../outside.md)\n"
+    )
+    (tmp_path.parent / "outside.md").write_text("")
+    assert broken(page, tmp_path) == ["gone.md", "there.md#no-heading", "#gone", "gone.png", "../outside.md"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_name_files_that_exist(document: Path) -> None:
+    paths = re.findall(r"`((?:benchmarks|cluster|docs|jobs|raydiff|tests)/[\w./-]+\.\w+)`", document.read_text())
+    assert not (gone := [path for path in paths if not (ROOT / path).exists()]), gone
 
 
 @pytest.mark.parametrize("job", sorted((ROOT / "jobs").glob("*.py")), ids=lambda p: p.stem)

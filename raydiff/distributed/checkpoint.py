@@ -1,10 +1,16 @@
 """A run's checkpoints: whole fp32 tensors by name and one JSON, for any number of workers and any ZeRO stage.
 
-`checkpoint_000020/` holds parameters, exp_avg, exp_avg_sq and, where there are any, ema and the best weights so far (which the
-history tells the step and value of) as safetensors, and
-`checkpoint.json`, written last with size and SHA-256 of the others, and its own: without it, or with a file of another size or
-content, the checkpoint does not exist. So a kill or a full disk while one is written, and a byte that changes later, leave the
-one before it. Ray's own index of checkpoints is rewritten in place, and a full disk destroys it; a run does not use it.
+    checkpoint_000020/
+        parameters.safetensors       the trained weights
+        exp_avg.safetensors          Adam's first moments
+        exp_avg_sq.safetensors       Adam's second moments
+        ema.safetensors              the moving average, where the run has one
+        best.safetensors             the best weights so far, where there are any
+        checkpoint.json              written last: size and SHA-256 of the others and of itself, and the history
+
+Without checkpoint.json, or with a file of another size or content, the checkpoint does not exist. So a kill, a full disk or a
+byte that changes later leaves the checkpoint before it. A run does not use Ray's own index of checkpoints, which is rewritten
+in place: a full disk destroys it.
 
 The scheduler's and the moving average's step is the number of updates done, times the optimiser steps of one for the scheduler.
 Adam's is the number of optimiser steps less those that loss scaling skipped, which `state` counts (`Session.state`). Samples

@@ -113,8 +113,8 @@ class Lease:
 
     def _refused(self, holder: dict[str, Any] | None) -> ConfigError:
         return ConfigError(
-            f"{self.folder}: {_named(holder)} works on this folder, and two would spoil it. End that one first; when it is"
-            f" gone or hangs, the folder is free after {self.expiry:g} seconds, and at once when you delete"
+            f"{self.folder}: {_named(holder)} works on this folder, and a second run would damage it. Stop that run first. If"
+            f" it is gone or hangs, the folder is free after {self.expiry:g} seconds, and at once when you delete"
             f" {self.folder}/{self.path}"
         )
 

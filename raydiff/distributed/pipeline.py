@@ -240,7 +240,7 @@ class Stream:
         # Who hangs was started again after one limit, and has had another one for its work.
         if (waited := time.monotonic() - since) > 2 * self.run.train.timeout:
             raise RuntimeError(
-                f"no samples have come for {waited:.0f} s: a part of the pipeline hangs that cannot be told, and the workers"
-                " start again; when samples take as long as that, set train.timeout to more"
+                f"no samples have come for {waited:.0f} s: an unknown part of the pipeline hangs, and the workers restart;"
+                " if sampling takes that long, raise train.timeout"
             )
         return since

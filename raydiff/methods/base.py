@@ -32,7 +32,7 @@ class Method(PluginConfig):
     """Which points of a trajectory to keep, and the loss on them."""
 
     attempts: int = Field(1, ge=1)
-    """G, samples per prompt."""
+    """Group size G: samples per prompt."""
     inner_epochs: int = Field(1, ge=1)
     """Passes over the samples of an update. More than one trains on samples of slightly older weights."""
     minibatches: int = Field(1, ge=1)
@@ -137,7 +137,7 @@ class CleanMethod(Method):
     """A method that trains on clean latents, labelled or scored: it noises them anew, and asks for no sampler step."""
 
     caption_dropout: float = Field(0.0, ge=0, le=1)
-    """Probability that a sample's caption becomes the empty one, so that guidance keeps its negative half."""
+    """Probability that a sample's caption becomes the empty one: guidance needs a trained unconditional prediction."""
 
     @property
     def needs_rewards(self) -> bool:
@@ -151,8 +151,8 @@ class PairMethod(CleanMethod):
     """A method that can do with labelled pairs: rollouts of two attempts whose rewards are the label and its complement."""
 
     source: Literal["rollouts", "dataset"] = "rollouts"
-    """Samples that the rewards compare, or the labelled pairs of `pairs.path`, two attempts each; an update then takes
-    `batch.size` pairs."""
+    """"rollouts": samples that the rewards compare. "dataset": the labelled pairs of `pairs.path`, a group of two each; an
+    update then takes `batch.size` pairs."""
 
     @property
     def labelled(self) -> bool:
@@ -170,7 +170,7 @@ class PairMethod(CleanMethod):
             raise ValueError('pairs.path is not set, and method.source = "dataset" trains on it; `raydiff pairs` makes one')
         if not self.labelled and run.pairs.path is not None:
             raise ValueError(
-                f'pairs.path = {run.pairs.path!r} is used by nothing: set method.source to "dataset", or leave the path out'
+                f'pairs.path = {run.pairs.path!r} is not used: set method.source to "dataset", or leave the path out'
             )
         if self.labelled and self.attempts != 2:
             raise ValueError(f"method.attempts = {self.attempts}: a labelled pair has two sides; set it to 2, or leave it out")
@@ -189,7 +189,8 @@ class TrajectoryMethod(Method):
     """
 
     timestep_fraction: float = Field(1.0, gt=0, le=1)
-    """Of each trajectory's steps, the share to train on; drawn anew for each prompt of an update, the same for its attempts."""
+    """Share of each trajectory's steps to train on. The steps are drawn anew for each prompt of an update, and are the same for
+    all samples of the prompt."""
     log_prob_reduction: Reduction = "mean"
     """What a step's log-ratio is: divided by the D numbers of a latent, as the published constants assume, or the true sum."""
 

@@ -31,13 +31,13 @@ class Plugin(TrajectoryMethod):
     clip: float = Field(0.1, gt=0, lt=1)
     """l is clamped to [log(1 - clip), log(1 + clip)]; beyond it a step has no gradient."""
     pairs: Which = "best_worst"
-    """One pair a prompt, its best against its worst, or each two attempts."""
+    """One pair per prompt, its best sample against its worst, or every two samples."""
     preference: Rule = "total"
     """The larger total wins, or Pareto dominance: no reward smaller and one larger, else a tie."""
     source: Literal["rewards", "labels"] = "rewards"
-    """What compares the samples: rewards, or people, whose labels of the pictures that `raydiff pairs to-label` drew are in
-    `pairs.path`. They have seen those of the first update, so there is one, of as many optimiser steps as `minibatches` and
-    `inner_epochs` make."""
+    """What compares the samples: rewards, or people, who labelled in `pairs.path` what `raydiff pairs to-label` drew. People
+    labelled the first update's pictures, so the run has exactly one update; set the number of its optimiser steps with
+    `minibatches` and `inner_epochs`."""
     ties: Literal["drop", "keep"] = "drop"
     """Leave ties out of the mean, or count each as log 2 without a gradient, as the official code does."""
 
@@ -63,19 +63,19 @@ class Plugin(TrajectoryMethod):
         super().check(run)
         if self.judged and run.pairs.path is None:
             raise ValueError(
-                'pairs.path is not set, and method.source = "labels" compares by it; `raydiff pairs to-label` begins it'
+                'pairs.path is not set, and method.source = "labels" reads labels from it; `raydiff pairs to-label` makes it'
             )
         if self.judged and run.train.updates > 1:
             raise ValueError(
-                f'train.updates = {run.train.updates}: method.source = "labels" has one, as people saw its pictures alone;'
-                " set it to 1, and method.minibatches to the optimiser steps that it takes"
+                f'train.updates = {run.train.updates}: method.source = "labels" allows one, whose pictures people labelled;'
+                " set it to 1, and the number of optimiser steps with method.minibatches"
             )
         if self.judged and self.preference != "total":
-            raise ValueError('method.preference = "pareto" compares several rewards, and labels are one: set it to "total"')
-        if not self.judged and run.pairs.path is not None:
             raise ValueError(
-                f'pairs.path = {run.pairs.path!r} is used by nothing: set method.source to "labels", or leave it out'
+                'method.preference = "pareto" compares several rewards, and a label is one number: set it to "total"'
             )
+        if not self.judged and run.pairs.path is not None:
+            raise ValueError(f'pairs.path = {run.pairs.path!r} is not used: set method.source to "labels", or leave it out')
         for name, reward in run.rewards.named.items():
             if self.preference == "pareto" and reward.weight <= 0:
                 raise ValueError(

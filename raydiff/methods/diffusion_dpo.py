@@ -29,7 +29,7 @@ class Plugin(PairMethod):
     """Strength of the pull to the reference, in the official code's convention: with errors that are means over the latent,
     inside = -beta/2·(difference of policy errors - difference of reference errors). Useful learning rates go as 1/beta."""
     pairs: Which = "best_worst"
-    """One pair a prompt, its best against its worst, or each two attempts."""
+    """One pair per prompt, its best sample against its worst, or every two samples."""
     min_margin: float = Field(0.0, ge=0)
     """Totals that differ by no more are a tie. Ties are dropped."""
     caption_dropout: float = Field(0.2, ge=0, le=1)

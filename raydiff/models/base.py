@@ -67,9 +67,9 @@ class ModelConfig(PluginConfig):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the frozen weights; an adapter is always fp32."""
     adapters: tuple[InputPath, ...] = ()
-    """Folders of exported adapters that are merged into the base: what is trained, and its reference, starts from there. A new
-    round on a run's result names its adapter here. The weights in between are rounded to `dtype`. The new adapter is for that
-    sum: where it is used, all of them are."""
+    """Folders of exported adapters that are merged into the base model. Training and its reference start from the merged
+    weights, which are rounded to `dtype`. For another round on a run's result, name that run's adapter here. The new adapter
+    was trained on the sum: to use it, load all of them."""
 
     @property
     def name(self) -> str:

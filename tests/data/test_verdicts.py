@@ -94,9 +94,9 @@ def test_labels_of_other_pictures_are_refused_before_training(by_people: Run, tm
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train.updates": 2}, r"train.updates = 2: method.source = \"labels\" has one"),
-        ({"pairs.path": None}, 'pairs.path is not set, and method.source = "labels" compares by it'),
-        ({"method.source": "rewards"}, "pairs.path = .* is used by nothing"),
+        ({"train.updates": 2}, r"train.updates = 2: method.source = \"labels\" allows one"),
+        ({"pairs.path": None}, 'pairs.path is not set, and method.source = "labels" reads labels from it'),
+        ({"method.source": "rewards"}, "pairs.path = .* is not used"),
         ({"method.preference": "pareto"}, 'method.preference = "pareto" compares several rewards'),
     ],
 )

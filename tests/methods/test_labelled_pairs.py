@@ -251,7 +251,7 @@ def test_the_plan_traces_the_memory_of_a_labelled_micro_batch(labelled: Make) ->
     ("method", "changes", "message"),
     [
         ("diffusion_dpo", {"pairs.path": None}, r"pairs.path is not set, and method.source = \"dataset\" trains on it"),
-        ("diffusion_dpo", {"method.source": "rollouts"}, "pairs.path = .* is used by nothing"),
+        ("diffusion_dpo", {"method.source": "rollouts"}, "pairs.path = .* is not used"),
         ("sft", {"method.attempts": 4}, "method.attempts = 4: a labelled pair has two sides"),
         ("sft", {"generation.where": "pool"}, 'method.source = "dataset" samples nothing'),
         ("sft", {"method.source": "dataste"}, "method.source: Input should be 'rollouts' or 'dataset'"),
