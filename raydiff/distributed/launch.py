@@ -18,13 +18,14 @@ from raydiff import contents, placement
 from raydiff.config import ConfigError, Run, geometry, override
 from raydiff.contents import Contents
 from raydiff.distributed import checkpoint, cluster, learn, pipeline, run_folder, score, tracking
+from raydiff.distributed.board import Board
 from raydiff.distributed.follow import follow
 from raydiff.distributed.lease import Lease
 from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.ranks import Refused
 from raydiff.distributed.score import Group
 from raydiff.distributed.storage import Folder, StorageError
-from raydiff.distributed.tracking import Board, Tracker
+from raydiff.distributed.tracking import Tracker
 from raydiff.distributed.weights import WeightStore
 from raydiff.plan.clusters import cluster_nodes
 from raydiff.preflight import faults

@@ -22,6 +22,7 @@ from raydiff.contents import Contents
 from raydiff.core.policy import Calls
 from raydiff.core.rollouts import Rollouts
 from raydiff.distributed import checkpoint, lease, score
+from raydiff.distributed.board import Record
 from raydiff.distributed.checkpoint import FINISHED, Checkpoint
 from raydiff.distributed.engine import ZeroEngine
 from raydiff.distributed.hangs import Watchdog, started_again
@@ -30,7 +31,6 @@ from raydiff.distributed.pipeline import Stream
 from raydiff.distributed.ranks import Ranks, Refused
 from raydiff.distributed.score import RewardClient
 from raydiff.distributed.storage import PATIENCE, Folder
-from raydiff.distributed.tracking import Record
 from raydiff.distributed.weights import SyncError
 from raydiff.loop import Loop, Row
 from raydiff.session import Picture, Session, summary

@@ -7,10 +7,11 @@ from pathlib import PurePosixPath
 
 from raydiff.config import ConfigError, Run
 from raydiff.distributed import checkpoint, learn, tracking
+from raydiff.distributed.board import Board
 from raydiff.distributed.launch import tags
 from raydiff.distributed.run_folder import RUN, recorded_run
 from raydiff.distributed.storage import Folder
-from raydiff.distributed.tracking import Board, Tracker
+from raydiff.distributed.tracking import Tracker
 
 
 def send(folder: str) -> Tracker:

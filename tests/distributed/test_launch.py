@@ -12,11 +12,12 @@ from rich.console import Console
 
 from raydiff.config import ConfigError, Run
 from raydiff.distributed import launch, run_folder, tracking
+from raydiff.distributed.board import Board
 from raydiff.distributed.launch import preflight
 from raydiff.distributed.lease import Lease
 from raydiff.distributed.progress import Progress, duration
 from raydiff.distributed.storage import Folder
-from raydiff.distributed.tracking import Board, Tracker
+from raydiff.distributed.tracking import Tracker
 from raydiff.placement import Node
 
 MakeRun = Callable[..., Run]
