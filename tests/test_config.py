@@ -3,12 +3,13 @@
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raydiff.config import ConfigError, Run, flat, geometry, kinds, load, override, rewards
+from raydiff.config import ConfigError, Run, dump, flat, geometry, kinds, load, override, rewards
 
 RECIPES = sorted(Path(__file__).parents[1].glob("jobs/recipes/*.toml"))
 BASE = """
@@ -383,3 +384,17 @@ def test_what_is_in_neither_place_is_told_with_the_rule(recipe: Path) -> None:
     recipe.write_text(BASE + '[prompts]\ntrain = "nowhere.txt"\n')
     (fault,) = faults(load(recipe))
     assert "prompts.train = 'nowhere.txt' is not a file" in fault and "beside that file, then in the current folder" in fault
+
+
+def test_a_table_that_is_set_is_not_changed_by_a_path_into_it(tiny_run: Callable[..., Run]) -> None:
+    table = {"kind": "draft_k", "k": 2}
+    assert override(tiny_run(), {"method": table, "method.k": 3}).method.k == 3  # type: ignore[attr-defined]
+    assert table == {"kind": "draft_k", "k": 2}
+
+
+@pytest.mark.parametrize("text", ['quotes " and \\ and \n lines', "none of it", "ümläut 猫", "[brackets] = 1"])
+def test_a_dumped_run_is_the_same_run(tiny_run: Callable[..., Run], tmp_path: Path, text: str) -> None:
+    changes = {"prompts.train": [text, "a cat"], "pools.train.labels": {"zone.x/y": text}, "optimizer.ema": None}
+    run = tiny_run(changes=changes)
+    (tmp_path / "run.toml").write_text(dump(run))
+    assert load(tmp_path / "run.toml") == run

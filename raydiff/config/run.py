@@ -1,211 +1,21 @@
-"""The run file: one frozen tree, one vocabulary of dotted paths for TOML, command line, Ray Tune and MLflow.
-
-Imports pydantic only. `model`, `method` and each entry of `rewards` are plugins: `kind = "jpeg"` reads
-`raydiff/rewards/jpeg.py`, `kind = "my_package.my_reward"` reads that module; the file's class `Plugin` is the config.
-"""
+"""The tree of a run: one table a subject, each field with what it does and in which unit."""
 
 from __future__ import annotations
 
-import difflib
-import functools
-import importlib
-import importlib.util
-import json
 import math
 import operator
-import os
-import pkgutil
 import re
-import secrets
-import time
-import tomllib
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializeAsAny,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from raydiff import credentials
-
-T = TypeVar("T", bound=BaseModel)
+from raydiff.config.base import Config, InputPath, MethodField, ModelField, RewardField, nearest
 
 QUOTED = r"%[0-9A-Fa-f]{2}"
 """What MLflow reads as a quoted character in a path, and so as another path."""
-
-
-class ConfigError(ValueError):
-    """A run file that cannot work: one line per fault, each with the field's dotted path, the value and the way out."""
-
-
-WHERE_PATHS_ARE = "a relative path in a run file is looked for beside that file, then in the current folder"
-
-
-def seen_from_here(text: str, folder: Path | None) -> str:
-    """A path in a file of `folder`: of what lies there, if it does, as seen from the current folder; else `text`."""
-    if folder is None or not text or Path(text).is_absolute() or not os.path.exists(found := folder.absolute() / text):
-        return text
-    return str(found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found)
-
-
-def beside(*words: str) -> AfterValidator:
-    """Marks a field of text that names a file or folder to be read, or is one of `words`, which name none.
-
-    A relative path that is not beside the run file stays as it is: one from the current folder, a URI or a hub id.
-    """
-
-    def located(text: str, info: ValidationInfo) -> str:
-        return text if text in words else seen_from_here(text, (info.context or {}).get("folder"))
-
-    return AfterValidator(located)
-
-
-class Config(BaseModel):
-    """Base of every config: frozen, and an unknown key is an error that names the nearest known one; holds no secret."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, hide_input_in_errors=True
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_unknown_keys(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and cls.model_config["extra"] == "forbid":
-            unknown = [f"unknown key {key!r}{_nearest(key, cls.model_fields)}" for key in data if key not in cls.model_fields]
-            if unknown:
-                raise ValueError("; ".join(unknown))
-        return data
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_secrets(cls, data: Any) -> Any:
-        """Before any other check: what those say may repeat the value."""
-        if secrets := [credentials.fault(field, what) for field, what in credentials.in_tree(data)]:
-            raise ValueError("\n".join(secrets))
-        return data
-
-
-class PluginConfig(Config):
-    """Base of the configs that a `kind` selects. `kind` is the module's name, and stays in the tree."""
-
-    kind: str
-
-    def check(self, run: Run) -> None:
-        """Raise ValueError when this plugin cannot work with the rest of the run. Called while the run is parsed."""
-
-    def preflight(self) -> None:
-        """Raise ValueError or OSError when a file or package that this plugin needs is missing. Called before workers start."""
-
-    def files(self) -> dict[str, Path | str]:
-        """What decides its results beside its fields, by field, a folder perhaps by its parts: a file or folder; as a string, a
-        hub id, "owner/name" or "owner/name@revision". raydiff.contents records what it holds, and compares.
-
-        These are a plugin's own modules; one that reads files adds them: `super().files() | {"weights": Path(self.weights)}`.
-        """
-        from raydiff.contents import modules
-
-        return modules(type(self))
-
-
-def plugin(package: str, base: str) -> Any:
-    """The field type of a plugin of `package`: a table whose `kind` names the module that holds its class `Plugin`, a subclass
-    of the package's `base`."""
-
-    def resolve(value: Any, info: ValidationInfo) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        if "kind" not in value:
-            raise ValueError(f'needs kind = "...", one of {", ".join(kinds(package))}, or a module of your own')
-        if not _own_code.get():
-            _no_code(value)
-        return _plugin(package, base, value["kind"]).model_validate(dict(value), context=info.context)
-
-    return Annotated[SerializeAsAny[PluginConfig], BeforeValidator(resolve)]
-
-
-_own_code = ContextVar("own_code", default=True)
-
-
-@contextmanager
-def no_own_code() -> Iterator[None]:
-    """Inside, reading a run, a sweep or rewards refuses a kind that is a module, which is not imported, and a runtime_env."""
-    token = _own_code.set(False)
-    try:
-        yield
-    finally:
-        _own_code.reset(token)
-
-
-def _no_code(table: Mapping[str, Any]) -> None:
-    """Raise ValueError for a table that names code: a module is imported to be read, and a runtime_env installs packages."""
-    if "." in str(table["kind"]):
-        raise ValueError(f"kind = {table['kind']!r} is a module, which is code, and --no-own-code refuses it")
-    if table.get("runtime_env"):
-        raise ValueError(f"runtime_env = {table['runtime_env']!r} runs code, and --no-own-code refuses it")
-
-
-def _plugin(package: str, base: str, kind: Any) -> Any:
-    """The class `Plugin` of a kind. Raises ValueError."""
-    known, what = kinds(package), package.rpartition(".")[2].removesuffix("s")
-    there = f"there are {', '.join(known)}, and a module of your own is named with its package: my_package.my_{what}"
-    own = isinstance(kind, str) and "." in kind and all(part.isidentifier() for part in kind.split("."))
-    if kind not in known and not own:
-        raise ValueError(f"kind = {kind!r} does not exist{_alike(str(kind), known)}; {there}")
-    module = kind if own else f"{package}.{kind}"
-    try:
-        found = importlib.import_module(module)
-    except (Exception, SystemExit) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
-            raise ValueError(f"kind = {kind!r} does not exist{_alike(kind, known)}; {there}") from None
-        raise ValueError(f"kind = {kind!r} cannot be imported: {_one_line(error)}; mend the module") from error
-    needed = getattr(importlib.import_module(f"{package}.base"), base)
-    if not (isinstance(made := getattr(found, "Plugin", None), type) and issubclass(made, needed)):
-        raise ValueError(f"kind = {kind!r} has no class Plugin that is a {package}.base.{base}, so it is no {what}; {there}")
-    return made
-
-
-@functools.cache
-def kinds(package: str) -> tuple[str, ...]:
-    """The plugins of a package by name: its modules with a class `Plugin`. None of them is imported."""
-    found = []
-    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        spec = importlib.util.find_spec(f"{package}.{module.name}")
-        source = spec.loader.get_source(spec.name) if spec and spec.loader else None  # type: ignore[attr-defined]
-        if re.search(r"^class Plugin\b", source or "", re.MULTILINE):
-            found.append(module.name)
-    return tuple(sorted(found))
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-InputPath = Annotated[str, beside("embedded")]
-"""The type of a field that names a file or folder to be read; "embedded" is what the package holds."""
-
-if TYPE_CHECKING:  # each value is the Plugin of a module of that package
-    from raydiff.methods.base import Method as MethodField
-    from raydiff.models.base import ModelConfig as ModelField
-    from raydiff.rewards.base import RewardConfig as RewardField
-else:
-    ModelField = plugin("raydiff.models", "ModelConfig")
-    MethodField = plugin("raydiff.methods", "Method")
-    RewardField = plugin("raydiff.rewards", "RewardConfig")
-
 
 _RESERVED = {
     "total": "the name of the weighted sum", "best": "the name of the best attempt's total", "where": "a setting of [rewards]",
@@ -269,7 +79,7 @@ class Pool(Config):
     """CPUs that each replica claims."""
     num_gpus: float | None = Field(None, ge=0)
     """GPUs that each replica claims, a fraction to share one. None: 1 when the cluster has any, else 0."""
-    labels: dict[str, str] = {}
+    labels: dict[str, str] = Field(default_factory=dict)
     """Node labels that a replica's node must carry, e.g. {raydiff-pool = "generate"}. Empty: any node."""
 
     @field_validator("num_gpus")
@@ -462,7 +272,7 @@ class Evaluate(Config):
     grid: int = Field(16, ge=0)
     """Of these, how many go into the picture grid."""
     seed: int = 1_000_003
-    rewards: dict[str, RewardField] = {}
+    rewards: dict[str, RewardField] = Field(default_factory=dict)
     """Rewards that are measured and never trained on: the guard against over-optimisation."""
     best: str | None = None
     """held_out/NAME, whose highest value after an update marks the weights that are kept as adapter_best. None: the first of
@@ -560,14 +370,10 @@ class Run(Config):
         measured = [f"held_out/{name}" for name in ("total", *self.rewards.named, *self.evaluate.rewards)]
         if self.evaluate.best_metric not in measured:
             best = self.evaluate.best_metric
-            raise ValueError(f"evaluate.best = {best!r} is not measured{_nearest(best, measured)}")
+            raise ValueError(f"evaluate.best = {best!r} is not measured{nearest(best, measured)}")
         for part in (self.model, self.method, *self.rewards.named.values(), *self.evaluate.rewards.values()):
             part.check(self)
         return self
-
-
-class _OnlyRewards(Config):
-    rewards: Rewards
 
 
 class Geometry(Config):
@@ -621,169 +427,3 @@ def geometry(run: Run, workers: int | None = None) -> Geometry:
         micro=micro, accumulation=accumulation, workers=workers, size=size,
         minibatches=minibatches, inner_epochs=run.method.inner_epochs,
     )  # fmt: skip
-
-
-def load(path: str | Path, overrides: Sequence[str] = (), *, own_code: bool = True) -> Run:
-    """A run from a TOML file (or the JSON of a run) and `path=value` overrides. Raises ConfigError.
-
-    TOML has no null: there as in overrides, the word "none" is None. A relative path of what is read is looked for beside the
-    file, then in the current folder; one in an override in the current folder only. A recipe is code: a kind may be any module,
-    which reading imports. Without `own_code` it is read as in `no_own_code`.
-    """
-    _refuse_secrets(f"recipe={path}")
-    path = Path(path)
-    try:
-        text = path.read_text()
-        tree = json.loads(text) if path.suffix == ".json" else with_none(tomllib.loads(text))
-    except FileNotFoundError:
-        near = sorted(p.name for p in path.parent.glob("*.toml"))
-        raise ConfigError(f"recipe {str(path)!r} does not exist{_nearest(path.name, near)}") from None
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: not valid {path.suffix[1:].upper()}: {error}") from None
-    given = parsed(overrides)
-    with nullcontext() if own_code else no_own_code():
-        run: Run = validated(_with(tree, given), folder=path.parent.resolve())
-        return override(run, given)  # again, as their paths are not the file's
-
-
-def rewards(kinds: Mapping[str, str], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Rewards {name: kind} without a run, with overrides like `rewards.NAME.FIELD=value`. Raises ConfigError."""
-    tree = {"rewards": {name: {"kind": kind} for name, kind in kinds.items()}}
-    return dict(validated(_with(tree, parsed(overrides)), _OnlyRewards).rewards.named)
-
-
-def fresh_name(name: str) -> str:
-    """The name of a run or sweep that starts now, which no other has: one never continues another by accident."""
-    return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-
-
-def override(run: Run, values: Mapping[str, Any], *, folder: Path | None = None) -> Run:
-    """The run with some dotted paths set anew, e.g. {"method.k": 2}; everything is validated again. Raises ConfigError.
-
-    `folder`: of the file that `values` stand in, where what they name is looked for first.
-    """
-    tree = run.model_dump(mode="json")
-    if folder is not None:
-        located: Run = validated(_with(tree, values), folder=folder)
-        seen = located.model_dump(mode="json")
-        values = {path: value if (found := _at(seen, path)) is None else found for path, value in values.items()}
-    return validated(_with(tree, values))
-
-
-def flat(run: Run) -> dict[str, Any]:
-    """{dotted path: scalar}, what MLflow logs. Lists are one value."""
-
-    def walk(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                yield from walk(f"{prefix}.{key}" if prefix else key, inner)
-        else:
-            yield prefix, value
-
-    return dict(walk("", run.model_dump(mode="json")))
-
-
-def dump(run: Run) -> str:
-    """The run as TOML, which `load` reads back to the same run."""
-
-    def text(value: Any) -> str:
-        if isinstance(value, Mapping):
-            return "{" + ", ".join(f"{_key(k)} = {text(v)}" for k, v in value.items()) + "}"
-        if isinstance(value, list):
-            return "[" + ", ".join(map(text, value)) + "]"
-        return json.dumps("none" if value is None else value)
-
-    def tables(path: Sequence[str], table: Mapping[str, Any]) -> Iterable[str]:
-        inner = {key: value for key, value in table.items() if isinstance(value, Mapping) and value}
-        if path and len(inner) < len(table):
-            yield f"\n[{'.'.join(map(_key, path))}]"
-        yield from (f"{_key(key)} = {text(value)}" for key, value in table.items() if key not in inner)
-        for key, value in inner.items():
-            yield from tables([*path, key], value)
-
-    return "\n".join(tables([], run.model_dump(mode="json"))) + "\n"
-
-
-def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
-
-
-def validated(
-    tree: Mapping[str, Any],
-    kind: type[T] = Run,  # type: ignore[assignment]
-    *,
-    folder: Path | None = None,
-) -> T:
-    """The tree as a config; `folder` is that of the file that it stands in. Raises ConfigError."""
-    try:
-        return kind.model_validate(tree, context={"folder": folder})
-    except ValidationError as error:
-        raise ConfigError("\n".join(_line(e) for e in error.errors(include_url=False))) from None
-
-
-def _line(error: Any) -> str:
-    path = ".".join(str(part) for part in error["loc"])
-    message = error["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(error["input"], Mapping | BaseModel) else f" (got {error['input']!r})"
-    return f"{path}: {message}{given}" if path else message
-
-
-def parsed(overrides: Sequence[str]) -> dict[str, Any]:
-    """`path=value` overrides as {dotted path: value}. Raises ConfigError."""
-    return dict(_parse(item) for item in overrides)
-
-
-def _parse(item: str) -> tuple[str, Any]:
-    """`path=value`, the value in TOML's syntax; a bare word is a string."""
-    _refuse_secrets(item)
-    path, equals, text = item.partition("=")
-    if not equals or not path:
-        raise ConfigError(f"override {item!r} is not path=value, e.g. method.k=2")
-    try:
-        return path.strip(), with_none(tomllib.loads(f"v = {text}")["v"])
-    except tomllib.TOMLDecodeError:
-        return path.strip(), None if text == "none" else text
-
-
-def _refuse_secrets(argument: str) -> None:
-    try:
-        credentials.refuse_arguments([argument])
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def with_none(value: Any) -> Any:
-    """A TOML value in which the word "none" is None."""
-    if isinstance(value, dict):
-        return {key: with_none(inner) for key, inner in value.items()}
-    return None if value == "none" else value
-
-
-def _with(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the tree with dotted paths set; tables on the way are made, and validation judges the result."""
-    copy = json.loads(json.dumps(tree))
-    for path, value in values.items():
-        *tables, leaf = path.split(".")
-        node = copy
-        for table in tables:
-            node = node.setdefault(table, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"{path}: {table!r} is a value, not a table")
-        node[leaf] = value
-    return copy
-
-
-def _at(tree: Any, path: str) -> Any:
-    """What stands at a dotted path; None also where a table that was set later does not have it."""
-    for key in path.split("."):
-        tree = tree.get(key) if isinstance(tree, Mapping) else None
-    return tree
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    return _alike(name, known) or (f"; there are {', '.join(sorted(known))}" if known else "")
-
-
-def _alike(name: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else ""
