@@ -65,7 +65,7 @@ def test_what_is_stopped_for_good_is_started_again(
     stopped: list[int] = []
 
     def stop() -> None:
-        wait_for(lambda: next(iter(tmp_path.glob("*/checkpoint_000001/checkpoint.json")), None))
+        wait_for(lambda: next(iter(tmp_path.glob("*/checkpoint_000001/checkpoint.json")), None), 300)
         time.sleep(random.Random(title).uniform(0, 1))
         stopped.append(signal_one(title, signal.SIGSTOP))
 
