@@ -516,12 +516,12 @@ def _draw(
     with claimed(Path(to)):
         from raydiff import generate as drawing
 
-        drawing.check(adapters)
+        drawing.check(model, adapters)
         loaded, made_from = drawing.loaded(model, sampler, adapters, _device(device))
         drawn = drawing.samples(loaded, prompts, seeds, sampler, batch)
         pictures = len(prompts) * len(seeds)
         progress = _progress(drawn, pictures, "pictures")
-        grid = drawing.write(progress, to, model=made_from["model"], sampler=sampler, adapters=adapters, made_from=made_from)
+        grid = drawing.write(progress, to, model=model, sampler=sampler, adapters=adapters, made_from=made_from)
     typer.echo(f"{pictures} pictures, images.json and {grid}")
 
 

@@ -117,7 +117,7 @@ def evaluate(
     adapter, against = in_run(adapter), in_run(against) if against else None
     sides = [[adapter], [against] if against else []]
     for side in sides:
-        generate.check(side)
+        generate.check(run.model, side)
     pairs, count, each = to_draw(run, read_both(run.prompts)[1], images, per_prompt)
     judge = Judge(run, device)
     ours, theirs = (

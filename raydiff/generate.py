@@ -21,9 +21,7 @@ import torch
 from raydiff import __version__, credentials, drafts, pictures, sampling
 from raydiff.config import Sampler
 from raydiff.contents import Contents, of_locations, of_parts
-from raydiff.models import lora
 from raydiff.models.base import Model, ModelConfig
-from raydiff.models.stable_diffusion import is_whole
 
 COLUMNS = 8  # of the grid, when there is one prompt or one seed
 _OF_A_MODEL = {".safetensors", ".json", ".txt"}  # weights, configs, vocabulary
@@ -31,7 +29,7 @@ _OF_A_MODEL = {".safetensors", ".json", ".txt"}  # weights, configs, vocabulary
 
 @dataclass(frozen=True)
 class Adapter:
-    """A trained adapter and its weight λ; or a folder with a whole `unet`, from full fine-tuning, at weight 1."""
+    """A trained adapter and its weight λ; or a folder with a whole denoiser, from full fine-tuning, at weight 1."""
 
     folder: str
     weight: float = 1.0
@@ -51,14 +49,6 @@ class Adapter:
             raise ValueError(f"adapter {text!r}: weight {weight!r} is not a number; write DIR or DIR:weight, e.g. {folder}:0.5")
         return cls(folder, number)
 
-    @property
-    def whole(self) -> bool:
-        return is_whole(self.folder)
-
-    def digest(self) -> str:
-        """SHA-256 of its weights."""
-        return _digest(Path(self.folder) / "unet") if self.whole else lora.digest(self.folder)
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -69,18 +59,14 @@ class Sample:
     image: Any  # PIL
 
 
-def check(adapters: Sequence[Adapter]) -> None:
+def check(model: ModelConfig, adapters: Sequence[Adapter]) -> None:
     """Raise, before a model is loaded, for an adapter that is not there and for a mixture that makes no sense."""
-    for adapter in adapters:
-        if not adapter.whole:
-            lora.weights_file(adapter.folder)
-        elif len(adapters) > 1 or adapter.weight != 1:
-            raise ValueError(f"{adapter.folder!r} holds a whole fine-tuned unet: give it alone and at weight 1; only LoRAs mix")
+    model.check_exported([(adapter.folder, adapter.weight) for adapter in adapters])
 
 
 def load(model: ModelConfig, adapters: Sequence[Adapter] = (), device: torch.device | str = "cpu") -> Model:
     """The model with its adapters. Raises ValueError for an adapter of another base model."""
-    check(adapters)
+    check(model, adapters)
     return model.load(device, [(adapter.folder, adapter.weight) for adapter in adapters])
 
 
@@ -95,7 +81,7 @@ def loaded(
 ) -> tuple[Model, dict[str, Any]]:
     """(`load`, `origin`) of the same files. Raises ConfigError when one is replaced meanwhile, as by a training."""
     held = Contents(files(model, adapters))
-    made_from = origin(model.name, sampler, adapters)
+    made_from = origin(model, sampler, adapters)
     drawing = load(model, adapters, device)
     held.compare(files(model, adapters))
     return drawing, made_from
@@ -123,7 +109,7 @@ def write(
     drawn: Iterable[Sample],
     folder: str | Path,
     *,
-    model: str,
+    model: ModelConfig,
     sampler: Sampler,
     adapters: Sequence[Adapter] = (),
     made_from: Mapping[str, Any] | None = None,
@@ -147,14 +133,19 @@ def write(
     return pictures.save(_grid(written), folder / "grid.png")
 
 
-def origin(model: str, sampler: Sampler, adapters: Sequence[Adapter]) -> dict[str, Any]:
+def origin(model: ModelConfig, sampler: Sampler, adapters: Sequence[Adapter]) -> dict[str, Any]:
     """What pictures are made from, beside prompt and seed: what it takes to make them again."""
     return {
-        "model": model,
-        "adapters": [{"folder": a.folder, "weight": a.weight, "sha256": a.digest()} for a in adapters],
+        "model": model.name,
+        "adapters": origins(model, adapters),
         "sampler": sampler.model_dump(mode="json", exclude={"detach_negative"}),
         "raydiff": __version__,
     }
+
+
+def origins(model: ModelConfig, adapters: Sequence[Adapter]) -> list[dict[str, Any]]:
+    """Folder, weight and SHA-256 of each adapter."""
+    return [{"folder": a.folder, "weight": a.weight, "sha256": model.exported_digest(a.folder)} for a in adapters]
 
 
 def file_name(i: int, sample: Sample) -> str:

@@ -257,10 +257,10 @@ def test_pictures_say_what_was_loaded(files: Path, tmp_path: Path, monkeypatch: 
     side = [generate.Adapter(str(files / "adapter"))]
     model, sampler = Plugin(path=str(files / "base")), Sampler(steps=1, guidance=1.0)
     pipe, made_from = generate.loaded(model, sampler, side)
-    assert made_from == generate.origin(str(files / "base"), sampler, side)
+    assert made_from == generate.origin(model, sampler, side)
     scaled(weights)
     generate.write(
-        generate.samples(pipe, ["a cat"], [1], sampler), tmp_path / "to", model="x", sampler=sampler, made_from=made_from
+        generate.samples(pipe, ["a cat"], [1], sampler), tmp_path / "to", model=model, sampler=sampler, made_from=made_from
     )
     assert json.loads((tmp_path / "to" / "images.json").read_text())["adapters"] == made_from["adapters"]
     load = generate.load

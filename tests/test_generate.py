@@ -170,7 +170,7 @@ def test_an_adapter_of_another_base_is_refused_with_the_layer(adapters: list[Pat
 
 def test_a_missing_and_a_broken_adapter_name_the_file(model: Plugin, adapters: list[Path], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=lora.WEIGHTS):
-        generate.check([Adapter(str(tmp_path))])
+        generate.check(model, [Adapter(str(tmp_path))])
     (tmp_path / lora.WEIGHTS).write_bytes((adapters[0] / lora.WEIGHTS).read_bytes()[:-100])
     with pytest.raises(ValueError, match=f"{lora.WEIGHTS} is broken"):
         generate.load(model, [Adapter(str(tmp_path))])
@@ -197,7 +197,7 @@ def test_guidance_below_one_leans_to_the_empty_prompt(model: Plugin) -> None:
 def test_what_is_written_says_what_it_was_made_from(model: Plugin, adapters: list[Path], tmp_path: Path) -> None:
     mixture = [Adapter(str(adapters[0]), 0.5)]
     drawn = generate.samples(generate.load(model, mixture), PROMPTS, [7, 8, 9], SAMPLER)
-    grid = generate.write(drawn, tmp_path, model=model.path, sampler=SAMPLER, adapters=mixture)
+    grid = generate.write(drawn, tmp_path, model=model, sampler=SAMPLER, adapters=mixture)
     index = json.loads((tmp_path / "images.json").read_text())
     assert [(i["prompt"], i["seed"]) for i in index["images"]] == [(p, s) for p in PROMPTS for s in (7, 8, 9)]
     assert index["adapters"] == [{"folder": str(adapters[0]), "weight": 0.5, "sha256": lora.digest(adapters[0])}]

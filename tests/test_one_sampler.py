@@ -72,7 +72,7 @@ def of_the_batch_tool(run: Run, sampler: Sampler, adapter: Adapter, pairs: list[
     output = Output(Folder(str(folder)).uri, "", ".parquet")
     _, digest = generate_batch._counted(iter(prompts), len(pairs))
     generate_batch._copy(iter(prompts), output, len(pairs), digest)
-    made_of = generate.origin(run.model.name, sampler, [adapter])
+    made_of = generate.origin(run.model, sampler, [adapter])
     recipe = generate_batch.Recipe(run.model, sampler, (adapter,), seeds, 2, made_of, None)
     data, bad = generate_batch.Generator(output, recipe, len(pairs), Contents({}).dump(), "cpu").make(0, list(prompts), {})
     assert not bad

@@ -237,7 +237,7 @@ def from_rewards(
     parts = {"model": run.model, **{f"rewards.{k}": r for k, r in run.rewards.named.items()}}
     for path, part in parts.items():
         _checked(path, part)
-    drawing.check(adapters)
+    drawing.check(run.model, adapters)
     prompts, _ = read_both(run.prompts)
     held = Contents(drawing.files(run.model, adapters) | of_locations(of_parts(parts)))
     artist = _Artist(run, labelling, tuple(adapters), range(seed, seed + n), prompts, device, held)
@@ -324,7 +324,9 @@ class _Artist:
     @cached_property
     def origin(self) -> list[dict[str, Any]]:
         """The adapters, as the schema has them."""
-        return [{"folder": a.folder, "weight": a.weight, "sha256": a.digest()} for a in self.adapters]
+        from raydiff import generate as drawing
+
+        return drawing.origins(self.run.model, self.adapters)
 
     def parts(self, start: int, stop: int) -> Iterator[Part]:
         """Pairs of some prompts, a batch of pictures at a time."""

@@ -68,13 +68,13 @@ def generate(
     one of those that a folder of prompts has. An interrupted call is gone on with by the same call. Raises ConfigError,
     ValueError or OSError before anything starts when something is missing, and BatchError.
     """
-    drawing.check(adapters)
+    drawing.check(model, adapters)
     model.preflight()
     model.grid(sampler.steps, sampler.spacing, sampler.final_alpha)  # refuses what it cannot be
     png = not to.rstrip("/").endswith(".parquet")
     output = Output(Folder(to).uri, HIDDEN if png else "", ".jsonl" if png else ".parquet")
     held = Contents.with_seen(drawing.files(model, adapters))  # before what rows say of them
-    origin = drawing.origin(model.name, sampler, adapters)
+    origin = drawing.origin(model, sampler, adapters)
     recipe = Recipe(model, sampler, tuple(adapters), tuple(seeds), batch_size, origin, drawing.model_digest(model))
     per_file = max(1, rows_per_file // len(seeds))
 

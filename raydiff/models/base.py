@@ -94,6 +94,20 @@ class ModelConfig(PluginConfig):
         """The folder that its files lie in, where it is one of this machine."""
         return None
 
+    def check_exported(self, adapters: Sequence[tuple[str, float]]) -> None:
+        """Raise FileNotFoundError or ValueError, before a model is loaded, for exported weights [(folder, λ_j), ...] that are
+        not there, and for a mixture that makes no sense. Here: for LoRA adapters."""
+        from raydiff.models import lora
+
+        for folder, _ in adapters:
+            lora.weights_file(folder)
+
+    def exported_digest(self, folder: str | Path) -> str:
+        """SHA-256 of the weights that `Model.export` wrote to a folder. Here: of a LoRA adapter."""
+        from raydiff.models import lora
+
+        return lora.digest(folder)
+
     def config_folder(self) -> Path | None:
         """The folder of its config files, which may lie in a hub's cache; None: not on this machine."""
         return None

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from raydiff import assets
+from raydiff import assets, contents
 from raydiff.config import InputPath
 from raydiff.core.denoise import Predict, guided
 from raydiff.core.schedule import Schedule
@@ -47,6 +47,15 @@ class Plugin(ModelConfig):
 
     def folder(self) -> str:
         return str(assets.path("pipeline")) if self.path == "embedded" else self.path
+
+    def check_exported(self, adapters: Sequence[tuple[str, float]]) -> None:
+        whole = [folder for folder, _ in adapters if is_whole(folder)]
+        super().check_exported([(folder, weight) for folder, weight in adapters if folder not in whole])
+        if whole and (len(adapters) > 1 or adapters[0][1] != 1):
+            raise ValueError(f"{whole[0]!r} holds a whole fine-tuned unet: give it alone and at weight 1; only LoRAs mix")
+
+    def exported_digest(self, folder: str | Path) -> str:
+        return contents.of_path(Path(folder) / "unet") if is_whole(folder) else super().exported_digest(folder)
 
     def config_folder(self) -> Path | None:
         folder = Path(self.folder())
