@@ -61,7 +61,7 @@ class Simulated(Generator):
         time.sleep(self.seconds)
         n = self.run.batch.micro
         blank = Rollouts(("a",) * n, torch.zeros(n, 1, dtype=torch.int64), torch.zeros(n, 1, 1, 4, 8, 8), (0,))
-        return self.columns(blank, ticket, unet_forward=0)
+        return self.columns(blank, ticket, denoiser_forward=0)
 
 
 @dataclass

@@ -120,7 +120,7 @@ class Contents:
 
 
 def located(run: Run, *, loaded: bool = True) -> dict[str, Location]:
-    """Where what decides a run's results lies, by the field's dotted path; some folders by their parts: model.path/unet."""
+    """Where what decides a run's results lies, by the field's dotted path; some folders by their parts: model.path/PART."""
     from raydiff.rewards._pretrained import located as pretrained
 
     rewards = {f"rewards.{name}": r for name, r in run.rewards.named.items()}

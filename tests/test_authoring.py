@@ -102,11 +102,11 @@ def test_a_method_draws_its_k(tiny_run: Callable[..., Run]) -> None:
     ks = [int(row.pop("k")) for row in drawn]
     assert len(set(ks)) > 1 and set(ks) <= {1, 2, 3, 4}
     other = metrics(tiny_run("draft_k", {**QUICK, "method.k": ks[0], "train.updates": 1}))
-    for name in ("loss", "grad_norm", "unet_backward", "reward/total"):
+    for name in ("loss", "grad_norm", "denoiser_backward", "reward/total"):
         assert drawn[0][name] == other[1][name]
     with pytest.raises(ConfigError, match=r"method\.longest = 5 is more than sampler\.steps = 4"):
         tiny_run("my_package.align_prop", {"method.longest": 5})
-    assert count(tiny_run("my_package.align_prop", {"method.longest": 4}))[0].unet_backward > 0
+    assert count(tiny_run("my_package.align_prop", {"method.longest": 4}))[0].denoiser_backward > 0
 
 
 @pytest.fixture(scope="module")

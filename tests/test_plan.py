@@ -50,8 +50,8 @@ def test_counts_are_those_of_a_real_run(tiny_run: Make, method: str, changes: di
 def test_a_drawn_point_is_averaged(tiny_run: Make) -> None:
     """ReFL at S = 4, guidance 2: i is 2 or 3, so 2-3 steps before it, one with gradient and its recomputation."""
     update = plan(tiny_run("refl", {"method.last_steps": 2, "train.updates": 16}), LAPTOP).update
-    assert 4 * 2 * 4 <= update.unet_forward <= 4 * 2 * 5
-    assert (update.images, update.unet_backward) == (4, 8)
+    assert 4 * 2 * 4 <= update.denoiser_forward <= 4 * 2 * 5
+    assert (update.images, update.denoiser_backward) == (4, 8)
 
 
 @pytest.mark.parametrize("changes", [{}, {"model.train": "full"}, {"model.lora.rank": 5, "model.lora.targets": ["to_q"]}])

@@ -17,7 +17,7 @@ from typing import Any
 
 from raydiff.config import Run
 
-COSTS = ("reward_queries", "images", "unet_forward", "unet_backward", "seconds")
+COSTS = ("reward_queries", "images", "denoiser_forward", "denoiser_backward", "seconds")
 FRAMES, SHOWN = 6, 2  # pictures of the strip: evaluations along the run, and prompts
 
 

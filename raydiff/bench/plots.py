@@ -15,10 +15,10 @@ from raydiff.bench import curves
 from raydiff.bench.curves import Curve
 from raydiff.bench.settings import Settings
 
-_SHOWN = "reward_queries", "images", "unet_forward"
+_SHOWN = "reward_queries", "images", "denoiser_forward"
 _LABEL = {
-    "reward_queries": "reward queries", "images": "pictures sampled", "unet_forward": "denoiser forward passes",
-    "unet_backward": "denoiser backward passes", "seconds": "seconds of training",
+    "reward_queries": "reward queries", "images": "pictures sampled", "denoiser_forward": "denoiser forward passes",
+    "denoiser_backward": "denoiser backward passes", "seconds": "seconds of training",
 }  # fmt: skip
 _POINTS = 200  # of a curve
 

@@ -142,7 +142,7 @@ def _queries_table(settings: Settings, task: str, methods: Mapping[str, Any]) ->
 
 def _costs_table(settings: Settings, task: str, methods: Mapping[str, Any]) -> list[str]:
     first = settings.tasks[task].thresholds[0]
-    names = ("images", "unet_forward", "unet_backward", "seconds")
+    names = ("images", "denoiser_forward", "denoiser_backward", "seconds")
     header = [f"to {first:g}", "pictures", "denoiser forward", "denoiser backward", "seconds"]
     return _table(header, [[m, *(_text(r["prices"][0][name]) for name in names)] for m, r in methods.items()])
 

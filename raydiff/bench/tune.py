@@ -57,7 +57,7 @@ def affordable(settings: Settings, method: str, candidate: dict[str, Any]) -> Ru
 
     budget = settings.tuning
     calls = count(settings.run(budget.task, method, budget.seed, candidate))[0]
-    passes = calls.unet_forward + 2 * calls.unet_backward
+    passes = calls.denoiser_forward + 2 * calls.denoiser_backward
     updates = min(budget.passes // passes, settings.methods[method].updates)
     if updates == 0:
         raise ConfigError(f"tuning.passes = {budget.passes} buys no update of {method}, which takes {passes}; set it to more")

@@ -58,8 +58,8 @@ class Calls:
 
     images: int = 0  # sampled
     reward_queries: int = 0
-    unet_forward: int = 0  # with checkpointing's recomputation
-    unet_backward: int = 0
+    denoiser_forward: int = 0  # with checkpointing's recomputation
+    denoiser_backward: int = 0
 
     def __add__(self, other: Calls) -> Calls:
         return Calls(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -101,7 +101,7 @@ class Policy:
         passes = self.model.passes(guidance)
 
         def counted(x: Tensor, time: Tensor) -> Tensor:
-            self.calls.unet_forward += passes * len(x)
+            self.calls.denoiser_forward += passes * len(x)
             with self.model.reference() if reference else nullcontext():
                 out = predict(x, time)
             if out.requires_grad:
@@ -111,7 +111,7 @@ class Policy:
         return checkpointed(counted) if self.gradient_checkpointing and not once else counted
 
     def _count_backward(self, passes: int) -> None:
-        self.calls.unet_backward += passes
+        self.calls.denoiser_backward += passes
 
     def noise(self, seeds: Sequence[int]) -> Noise:
         return seeded_noise(seeds, self.model.latent_shape, self.model.device)

@@ -66,7 +66,7 @@ MAY_CHANGE = (
 train.updates, which a linear or cosine learning-rate schedule depends on. evaluate.best stays: the weights that another metric
 would have kept are gone."""
 
-_INDEX, _FORMAT = "checkpoint.json", 3
+_INDEX, _FORMAT = "checkpoint.json", 4
 FINISHED = "finished.json"  # in the folder of a run that has made all its updates
 
 

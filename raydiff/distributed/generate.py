@@ -81,10 +81,10 @@ class Generator:
     def sample(self, ticket: int) -> rows.Columns:
         """The rows of a ticket, with pictures where the reward pool is to score them."""
         calls, run = self.session.policy.calls, self.run
-        before = calls.unet_forward
+        before = calls.denoiser_forward
         rollouts = self.session.sample(*divmod(ticket, run.batch.size // run.batch.micro))
-        each = (calls.unet_forward - before) // len(rollouts)
-        columns = self.columns(rollouts, ticket, unet_forward=each)
+        each = (calls.denoiser_forward - before) // len(rollouts)
+        columns = self.columns(rollouts, ticket, denoiser_forward=each)
         scored = run.method.needs_rewards and run.rewards.where == "pool"
         return columns | ({"images": self.decoded(rollouts)} if scored else {})
 

@@ -191,7 +191,7 @@ class Stream:
             self.consumed += geometry.workers
             policy = self.session.policy
             policy.calls.images += columns["seeds"].size
-            policy.calls.unet_forward += int(columns["unet_forward"].sum())
+            policy.calls.denoiser_forward += int(columns["denoiser_forward"].sum())
             rollouts = rows.to_rollouts(columns, self.session.model.device)
             if rollouts.rewards is not None:
                 policy.calls.reward_queries += columns["seeds"].size

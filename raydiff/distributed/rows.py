@@ -7,7 +7,7 @@
 | log_probs (G,S), reward/NAME (G,) | where the method needs them |
 | images (G,3,H,W) fp32 | on the way to the reward pool only |
 | version, digest, probe | of the weights that sampled |
-| unet_forward | denoiser calls that the row cost |
+| denoiser_forward | denoiser calls that the row cost |
 """
 
 from __future__ import annotations

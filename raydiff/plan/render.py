@@ -34,7 +34,7 @@ def render(plan: Plan) -> Any:
         cost.add_column(column, justify="right" if i else "left")
     for name, label in (
         ("images", "sampled"), ("reward_queries", "reward queries"),
-        ("unet_forward", "denoiser forward"), ("unet_backward", "denoiser backward"),
+        ("denoiser_forward", "denoiser forward"), ("denoiser_backward", "denoiser backward"),
     ):  # fmt: skip
         cost.add_row(label, *(f"{getattr(calls, name):,}" for calls in (plan.update, plan.evaluation, plan.total)))
 

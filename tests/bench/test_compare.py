@@ -79,7 +79,7 @@ def test_tables_are_those_of_the_records(compared: Path, tiny_settings: Settings
         assert found[method]["after"]["total"] == pytest.approx(fmean(fmean(r[-1]["rewards"]["total"]) for r in runs))
         assert found[method]["after"]["green"] == pytest.approx(fmean(fmean(r[-1]["rewards"]["green"]) for r in runs))
         for entry, threshold in zip(found[method]["prices"], (-0.124, -0.121, 0.5), strict=True):
-            for cost in ("images", "unet_forward", "unet_backward", "seconds"):
+            for cost in ("images", "denoiser_forward", "denoiser_backward", "seconds"):
                 expected = max(price(run, threshold, cost) for run in runs)  # the upper of two is their median
                 assert entry[cost] == (pytest.approx(expected) if expected < float("inf") else None), (method, threshold, cost)
             expected = max(price(run, threshold, "reward_queries") for run in runs)
@@ -180,11 +180,11 @@ def test_a_trial_spends_what_was_promised(tiny_settings: Settings, tmp_path: Pat
     base = {**tiny_settings.base, "sampler": {"steps": 4, "eta": 1.0, "guidance": 1.0, "final_alpha": None}}
     own = tiny_settings.model_copy(update={"methods": {method: contender}, "base": base})
     calls = count(own.run("blue", method, 9))[0]
-    passes = round(3.5 * (calls.unet_forward + 2 * calls.unet_backward))
+    passes = round(3.5 * (calls.denoiser_forward + 2 * calls.denoiser_backward))
     own = own.model_copy(update={"tuning": own.tuning.model_copy(update={"passes": passes, "evaluations": 1})})
     work(Job(affordable(own, method, TRIED[0]), tmp_path / "trial.json"))
     last = json.loads((tmp_path / "trial.json").read_text())["evaluations"][-1]
-    spent = last["unet_forward"] + 2 * last["unet_backward"]
+    spent = last["denoiser_forward"] + 2 * last["denoiser_backward"]
     assert last["step"] == 3
     assert passes * 3 / 4 < spent <= passes
 

@@ -22,7 +22,7 @@ def test_the_error_is_that_of_a_forward_by_hand() -> None:
     out = policy.denoiser(ours.x, ours.time, codes)  # one conditional call: no guidance
     expected = torch.stack([((out[r] - ours.target[r]) ** 2).sum() / 32 for r in range(3)])
     assert torch.allclose(ours.error(policy), expected, rtol=1e-12)
-    assert policy.calls.unet_forward == 3
+    assert policy.calls.denoiser_forward == 3
 
 
 def test_rows_of_one_seed_share_their_draws_in_any_batch() -> None:

@@ -24,7 +24,7 @@ def save(folder: Path, run: Run, step: int, size: int = 3) -> None:
         [(kind, tensors) for kind in KINDS],
         run=run,
         next_step=step,
-        calls=Calls(images=step, unet_forward=5),
+        calls=Calls(images=step, denoiser_forward=5),
         seconds=1.5,
         history=[{"step": float(i), "loss": 0.1 * i} for i in range(step + 1)],
     )
@@ -38,7 +38,7 @@ def test_round_trip_and_what_is_kept(tiny_run: MakeRun, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_000010", "checkpoint_000011"]
     found = checkpoint.latest(Folder(tmp_path))
     assert found is not None
-    assert (found.next_step, found.seconds, found.calls) == (11, 1.5, Calls(images=11, unet_forward=5))
+    assert (found.next_step, found.seconds, found.calls) == (11, 1.5, Calls(images=11, denoiser_forward=5))
     assert found.history[-1] == {"step": 11.0, "loss": 0.1 * 11}
     assert Run.model_validate(found.run) == run
     assert torch.equal(found.tensors("exp_avg")["b.weight"], torch.full((3, 2), 11.0))

@@ -174,7 +174,7 @@ def test_rows_give_the_rollouts_back() -> None:
         ("a", "bé"), torch.tensor([[1, 2], [3, 2**62]]), torch.randn(2, 2, 3, 1, 4, 4), (0, 2, 5),
         rewards={"total": torch.randn(2, 2), "clip": torch.randn(2, 2)}, log_probs=torch.randn(2, 2, 5), version=7, digest="d",
     )  # fmt: skip
-    columns = rows.to_columns(made, 3, probe=np.zeros(4), unet_forward=8)
+    columns = rows.to_columns(made, 3, probe=np.zeros(4), denoiser_forward=8)
     assert all(len(column) == 2 for column in columns.values())
     back = rows.to_rollouts(columns)
     for name, value in vars(made).items():

@@ -88,7 +88,7 @@ def test_what_a_run_leaves(uninterrupted: Result, ray_run: MakeRun) -> None:
     updates = list(range(1, UPDATES + 1))
     for metric in ("loss", "reward/total", "reward/blue", "grad_norm", "lr"):
         assert steps(uninterrupted, metric) == updates, metric
-    for metric in ("seconds", "images", "reward_queries", "unet_forward", "unet_backward"):
+    for metric in ("seconds", "images", "reward_queries", "denoiser_forward", "denoiser_backward"):
         assert steps(uninterrupted, metric) == [0, *updates], metric
     assert steps(uninterrupted, "held_out/green") == [0, 2, 4]
     # 4 prompts an update over both workers: 4 sampled, and 1 + n = 3 rewards each

@@ -195,7 +195,7 @@ def test_calls_count_what_was_spent() -> None:
     calls = policy.calls
     assert (calls.images, calls.reward_queries) == (3, 9)
     # 3 images × 2 branches: 3 steps before x_1, then the step and two copies, each of which is computed twice
-    assert calls.unet_forward == 6 * (3 + 2 * 3) and calls.unet_backward == 6 * 3
+    assert calls.denoiser_forward == 6 * (3 + 2 * 3) and calls.denoiser_backward == 6 * 3
 
 
 def test_a_reward_that_is_not_finite_names_itself_the_prompt_and_the_seed() -> None:

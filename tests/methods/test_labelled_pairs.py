@@ -61,7 +61,7 @@ def test_a_sample_is_a_micro_batch_of_labelled_pairs(labelled: Make) -> None:
     batch = Rollouts.cat(parts)
     assert batch.latents.shape == (24, 2, 1, *session.model.latent_shape) and batch.kept == (4,)
     assert batch.total().sort(1).values.tolist() == [[0.0, 1.0]] * 24
-    assert vars(session.policy.calls) == {"images": 0, "reward_queries": 0, "unet_forward": 0, "unet_backward": 0}
+    assert vars(session.policy.calls) == {"images": 0, "reward_queries": 0, "denoiser_forward": 0, "denoiser_backward": 0}
     # A pass is each pair once, and the next one another order of them.
     rows = [tuple(r.tolist()) for r in batch.latents.mean((2, 3, 4, 5))]
     assert len(set(rows)) == 24
