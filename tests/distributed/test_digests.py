@@ -66,7 +66,7 @@ def test_files_of_another_checkpoint_are_noticed(tiny_run: MakeRun, tmp_path: Pa
     assert found is not None and found.next_step == 2
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "null", "", "\x00\xff", '{"format": 3}', '{"files": {}}', '"sha256"'])
+@pytest.mark.parametrize("text", ["{}", "[]", "null", "", "\x00\xff", '{"format": 4}', '{"files": {}}', '"sha256"'])
 def test_an_index_of_something_else_is_passed_over(tiny_run: MakeRun, tmp_path: Path, text: str) -> None:
     run = tiny_run(changes={"train.keep_checkpoints": 2})
     save(tmp_path, run, 1)
@@ -121,5 +121,5 @@ def test_a_checkpoint_of_an_older_format_is_refused(tiny_run: MakeRun, tmp_path:
     sizes = {name: about["size"] for name, about in tree["files"].items()}
     del tree["sha256"]
     file.write_text(json.dumps({**tree, "format": 2, "files": sizes}))
-    with pytest.raises(ConfigError, match=r"checkpoint_000001: this checkpoint has format 2, and this raydiff reads 3"):
+    with pytest.raises(ConfigError, match=r"checkpoint_000001: this checkpoint has format 2, and this raydiff reads 4"):
         checkpoint.latest(Folder(tmp_path))
