@@ -12,7 +12,7 @@ import pytest
 from raydiff.config import ConfigError, Run
 from raydiff.distributed.launch import Result, train
 from tests.distributed.conftest import wait_for
-from tests.distributed.test_pools import assert_equal_step_by_step, pooled  # noqa: F401 -- a fixture
+from tests.distributed.pools import assert_equal_step_by_step
 from tests.distributed.test_train import index
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(500)]
@@ -48,7 +48,7 @@ def nodes() -> Iterator[Nodes]:
 
 
 @pytest.fixture
-def labelled(pooled: MakeRun) -> MakeRun:  # noqa: F811
+def labelled(pooled: MakeRun) -> MakeRun:
     def make(changes: dict[str, Any] | None = None) -> Run:
         labels = {f"pools.{pool}.labels": {"raydiff-pool": pool} for pool in POOLS}
         return pooled({**labels, "pools.reward.replicas": 1, "pools.generate.num_cpus": 0.5, **(changes or {})})
