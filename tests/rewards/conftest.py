@@ -10,7 +10,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from raydiff.config import RewardField
+from raydiff.config.base import RewardField
 
 LABELS = ["cat", "red apple", "apple", "crane, bird", "crane, machine", "evergreen_tree"]
 PIXELS = 16  # side of the images that the tiny models take
