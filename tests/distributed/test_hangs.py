@@ -53,7 +53,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         pytest.param("ray::Board", "the board", marks=pytest.mark.slow),
         pytest.param("ray::WeightStore", "the weight store", marks=pytest.mark.slow),
         pytest.param("MapBatches(Gate)", "the gate in process", marks=pytest.mark.slow),
-        ("MapBatches(Generator)", "the generator in process"),
+        pytest.param("MapBatches(Generator)", "the generator in process", marks=pytest.mark.slow),
         pytest.param("RewardReplica", "reward replica", marks=pytest.mark.slow),
         pytest.param("RayTrainWorker", None, marks=pytest.mark.slow),
         pytest.param("SplitCoordinator", None, marks=pytest.mark.slow),  # Ray's own: no samples come

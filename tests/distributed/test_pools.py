@@ -139,10 +139,12 @@ def test_runs_do_not_share_a_store(undisturbed: Result, pooled: MakeRun, stores:
     assert stores[0]._actor_id != stores[1]._actor_id
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sabotage", "message"),
-    [("copies", "the weights did not arrive"), ("deaf", "its network answers as if it did not")],
+    [
+        ("copies", "the weights did not arrive"),
+        pytest.param("deaf", "its network answers as if it did not", marks=pytest.mark.slow),
+    ],
 )
 def test_sabotaged_sync_stops_the_run_within_one_round(cluster: str, pooled: MakeRun, sabotage: str, message: str) -> None:
     with pytest.raises(SyncError, match=message) as error:
