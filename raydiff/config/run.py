@@ -243,8 +243,9 @@ class Train(Config):
     max_failures: int = Field(3, ge=0)
     """Restarts after a lost worker before the run gives up."""
     timeout: float = Field(1800.0, ge=1)
-    """Seconds in which every process of the run must show progress: a worker, a generator at its micro-batch, a reward replica at
-    its pictures, the weight store. One that hangs is started again. Must exceed the time rank 0 needs to write a checkpoint."""
+    """Seconds in which every process of the run must show progress: a worker, a generator at its micro-batch, a reward replica
+    at its pictures, the weight store. One that hangs is started again. Must exceed the time rank 0 needs to write a
+    checkpoint."""
     zero_gradient: Literal["refuse", "accept"] = "refuse"
     """What to do with an update whose whole gradient is exactly 0 though its samples differ. "refuse" ends the run: numbers too
     small for `model.dtype` and rewards that depend on nothing look like that. "accept" continues: every pair may be beyond the
