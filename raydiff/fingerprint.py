@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ def _parts(held: Any) -> Iterator[tuple[str, Any]]:
     yield from getattr(held, "__dict__", {}).items()
     code, cells = getattr(held, "__code__", None), getattr(held, "__closure__", None) or ()
     for name, cell in zip(getattr(code, "co_freevars", ()), cells, strict=False):
-        yield name, cell.cell_contents
+        with suppress(ValueError):  # a name that has no value yet
+            yield name, cell.cell_contents
 
 
 def _of_text(value: Any) -> str:

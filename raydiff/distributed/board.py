@@ -18,7 +18,7 @@ from raydiff.distributed import tracking
 from raydiff.distributed.storage import Folder
 from raydiff.distributed.tracking import Row, Tracker
 
-_BRIEF = 20.0  # seconds that a worker waits for the board, once
+_BRIEF, _SETTLE = 20.0, 60.0  # seconds at most that a worker waits for the board: once, and at the end of the run
 
 
 class Board:
@@ -91,11 +91,12 @@ class Board:
 class Record:
     """Rank 0's end of the board. Nothing that happens to the board holds the training, or ends it.
 
-    A board that hangs is not waited for, and one that was started again is told everything anew.
+    A board that hangs is not waited for, and one that was started again is told everything anew. `limit`: seconds after which
+    a worker that waits counts as hung itself.
     """
 
-    def __init__(self, board: Any) -> None:
-        self.board = board
+    def __init__(self, board: Any, limit: float) -> None:
+        self.board, self.brief, self.longest = board, min(_BRIEF, limit / 4), min(_SETTLE, limit / 2)
         self.rows: list[Row] = []
         self.files: list[str] = []
         self.known, self.told = "", (0, 0)  # the board's token, and how many rows and files it has
@@ -116,9 +117,9 @@ class Record:
             self.known, self.told = token, (0, 0)
         return False
 
-    def settle(self, seconds: float) -> None:
-        """Try, so long at most, until the board has all."""
-        end = time.monotonic() + seconds
+    def settle(self) -> None:
+        """Try for a while until the board has all."""
+        end = time.monotonic() + self.longest
         while not self.add([], []) and time.monotonic() < end:
             time.sleep(1)
 
@@ -140,7 +141,7 @@ class Record:
         if self.pending is not None and not ray.wait([self.pending], timeout=0)[0]:
             return None
         self.pending = getattr(self.board, method).remote(*args)
-        if not ray.wait([self.pending], timeout=_BRIEF)[0]:
+        if not ray.wait([self.pending], timeout=self.brief)[0]:
             return None
         ref, self.pending = self.pending, None
         try:

@@ -26,12 +26,13 @@ def follow(run: Run, future: Future[dict[str, Any]], board: Any, progress: Progr
     while True:
         try:
             ended = future.done()
-            told = shown.look(stopping, wait=_LAST if ended else 0.0)
+            shown.look(stopping)
             if pools is not None and not ended and (found := pools.ask("look", run.train.timeout)):
                 _tell(progress, *found)
             if news := room.news():
                 progress.say(news)
-            if ended and told:
+            if ended:
+                shown.last()
                 return future.result()
             time.sleep(_POLL)
         except KeyboardInterrupt:
@@ -58,11 +59,16 @@ class Shown:
         self.token, self.place = "", 0
         self.steps: set[int] = set()
 
-    def look(self, stopping: bool, wait: float) -> bool:
-        """Show what is new, and tell the board whether the run is to stop. Returns whether it has answered."""
+    def last(self) -> None:
+        """Show what is left of a run that has ended, if the board answers soon."""
+        for _ in range(2):  # what was asked before the end may lack the last rows
+            self.look(stopping=False, wait=_LAST)
+
+    def look(self, stopping: bool, wait: float = 0.0) -> None:
+        """Show what is new, and tell the board whether the run is to stop."""
         answer = self.board.ask("since", self.token, self.place, stopping, wait=wait)
         if answer is None:
-            return wait > 0  # then it was waited for long enough
+            return
         token, news = answer
         self.place = len(news) + (self.place if token == self.token else 0)
         self.token = token
@@ -72,7 +78,6 @@ class Shown:
             elif int(item["step"]) not in self.steps:
                 self.steps.add(int(item["step"]))
                 self.progress.row(item)
-        return True
 
 
 class Room:

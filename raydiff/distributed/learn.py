@@ -39,7 +39,6 @@ from raydiff.watch import Best
 BEFORE = "pictures/before"  # .safetensors and .json: the untrained model's, for the grid at the end
 GRID = "pictures/before_after.png"
 ADAPTER, BEST = "adapter", "adapter_best"
-_SETTLE = 60.0  # seconds that the end of a run waits for a board that is away
 
 
 def work(config: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +50,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     """
     import ray.train.torch
 
-    record, rank = Record(config["board"]), ray.train.get_context().get_world_rank()
+    record, rank = Record(config["board"], config["timeout"]), ray.train.get_context().get_world_rank()
     with Watchdog(config["timeout"], lambda why: record.tell(started_again(f"trainer {rank}", why))) as watchdog:
         ranks = Ranks(config["timeout"], watchdog.touch)
         try:
@@ -251,7 +250,7 @@ class Worker(Loop):
                 if before:
                     self.show(GRID, pictures.before_after(before, after[: len(before)]))
                 self.folder.write_json(FINISHED, {"updates": self.done, **result})
-                self.record.settle(_SETTLE)
+                self.record.settle()
         return result
 
     def export(self, weights: Mapping[str, Tensor], name: str, best: Best | None = None) -> None:

@@ -16,8 +16,12 @@ import pytest
 
 from raydiff.config import Run
 from raydiff.distributed import hangs, launch, missed, tracking
+from raydiff.distributed.board import Board
+from raydiff.distributed.follow import Shown
 from raydiff.distributed.hangs import Asked, Member, Members
 from raydiff.distributed.launch import Result, train
+from raydiff.distributed.progress import Progress
+from raydiff.distributed.tracking import Tracker
 from raydiff.distributed.weights import WeightStore
 from tests.distributed.conftest import wait_for
 from tests.distributed.pools import assert_equal_step_by_step, found, history, signal_one
@@ -188,6 +192,34 @@ def test_a_member_that_hangs_is_started_again_and_one_that_has_ended_is_not_name
     assert second not in (None, first)
     ray.kill(member)
     ray.kill(store)
+
+
+class Rows(Progress):
+    """Keeps the rows that it is to show."""
+
+    def row(self, row: dict[str, float]) -> None:
+        self.rows = [*getattr(self, "rows", []), row]
+
+
+def test_the_last_rows_are_shown_though_the_board_was_asked_before_they_came(
+    cluster: str, tiny_run: MakeRun, tmp_path: Path
+) -> None:
+    import ray
+
+    rows = [{"step": float(step), "seconds": float(step)} for step in range(3)]
+    board = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote(Tracker(f"sqlite:///{tmp_path}/x.db", "0"), str(tmp_path))
+    token = ray.get(board.add.remote("", [], []))
+    progress = Rows(3)
+    shown = Shown(tiny_run(), board, progress)
+    pid = found("ray::Board")[-1]
+    os.kill(pid, signal.SIGSTOP)
+    shown.look(stopping=False)  # asked, and not answered
+    added = board.add.remote(token, rows, [])
+    os.kill(pid, signal.SIGCONT)
+    ray.get(added)
+    shown.last()
+    assert progress.rows == rows
+    ray.kill(board)
 
 
 def test_who_is_silent_or_busy_for_too_long_is_overdue_once() -> None:
