@@ -42,6 +42,8 @@ class _Faulty(stable_diffusion.StableDiffusion):
         self.shown: dict[str, nn.Parameter] = {name: nn.Parameter(p.detach().clone()) for name, p in self._trained.items()}
 
     def trained(self) -> dict[str, nn.Parameter]:
+        if not self.calls:  # until then it is honest, or its fingerprint would tell
+            return super().trained()
         if self.config.sabotage == "copies":
             return {name: nn.Parameter(p.detach().clone()) for name, p in self._trained.items()}
         return self.shown if self.config.sabotage == "deaf" else super().trained()
